@@ -53,7 +53,8 @@ def measure_in_group(config: dict[str, Any]) -> None:
         )
         sent = [0]
 
-        def count_bytes(state, bucket, sent=sent):  # type: ignore[no-untyped-def]  # torch rejects string annotations
+        # Without annotations: torch rejects those that are strings.
+        def count_bytes(state, bucket, sent=sent):  # type: ignore[no-untyped-def]
             sent[0] += bucket.buffer().nbytes
             tensor = bucket.buffer().div_(distributed.get_world_size())
             return (

@@ -116,7 +116,7 @@ def _check_hardware() -> Iterator[Finding]:
             "GPU",
             "note",
             "nvidia-smi lists none",
-            ("everything runs on the CPU, which is fast enough for small models only"),
+            "everything runs on the CPU, which is fast enough for small models only",
         )
 
 
@@ -235,7 +235,7 @@ def _check_clients() -> Iterator[Finding]:
                 client_name,
                 "note",
                 f"{command[0]} not found",
-                ("only needed to submit jobs to such a cluster"),
+                "only needed to submit jobs to such a cluster",
             )
             continue
         try:

@@ -30,7 +30,7 @@ _SCHEMA_VERSION = 1
 
 
 class FinalState(Spec):
-    """How a submission ended, for when the cluster has forgotten it."""
+    """State in which a submission ended. The cluster forgets it after some time."""
 
     state: RunState
     sentence: str = ""

@@ -39,14 +39,14 @@ def benchmark(
     rounds: Annotated[
         int,
         typer.Option(
-            min=1, help=("Rounds: how often each variant is measured. The variants take turns.")
+            min=1, help="Rounds: how often each variant is measured. The variants take turns."
         ),
     ] = 3,
     rows: Annotated[
         int, typer.Option(min=1, help="Held-out rows to answer or classify one at a time.")
     ] = 8,
     new_tokens: Annotated[
-        int, typer.Option(min=2, help=("Tokens to generate for each answer."))
+        int, typer.Option(min=2, help="Tokens to generate for each answer.")
     ] = 32,
     batch_sizes: Annotated[
         str | None,

@@ -20,7 +20,7 @@ def chat(
         str | None, typer.Option("--prompt", "-p", help="Answer this prompt and exit.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help=("Maximum number of tokens in an answer."))
+        int, typer.Option(min=1, help="Maximum number of tokens in an answer.")
     ] = 128,
     temperature: Annotated[
         float,

@@ -17,7 +17,7 @@ def clean(
         typer.Option(
             min=0,
             metavar="DAYS",
-            help=("Delete all runs that have not changed for this many days."),
+            help="Delete all runs that have not changed for this many days.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -25,9 +25,7 @@ def clean(
     ] = False,
     unsynced: Annotated[
         bool,
-        typer.Option(
-            "--unsynced", help=("Also delete runs whose W&B record has not been uploaded.")
-        ),
+        typer.Option("--unsynced", help="Also delete runs whose W&B record has not been uploaded."),
     ] = False,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:

@@ -62,7 +62,7 @@ On = Annotated[
     typer.Option(
         "--on",
         metavar="SITE",
-        help=("Cluster to use: the name of a site file, or its path (see docs/)."),
+        help="Cluster to use: the name of a site file, or its path (see docs/).",
     ),
 ]
 RunName = Annotated[
@@ -73,7 +73,7 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help=("Run code and paths recorded in a run that was not created here (docs/security.md)."),
+        help="Run code and paths recorded in a run that was not created here (docs/security.md).",
     ),
 ]
 OneRun = Annotated[

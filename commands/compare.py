@@ -29,7 +29,7 @@ OutputDir = Annotated[
     typer.Option(
         "--output",
         metavar="DIR",
-        help=("When comparing runs: write the page and the tables to this folder."),
+        help="When comparing runs: write the page and the tables to this folder.",
     ),
 ]
 

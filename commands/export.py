@@ -68,7 +68,7 @@ def export(
         float | None,
         typer.Option(
             min=0.001,
-            help=("Maximum milliseconds per token (for a classifier: per row) on this machine."),
+            help="Maximum milliseconds per token (for a classifier: per row) on this machine.",
         ),
     ] = None,
     rows: Annotated[
@@ -82,7 +82,7 @@ def export(
         bool,
         typer.Option(
             "--measure/--no-measure",
-            help=("Measure the targets that pass, for the model card and a budget."),
+            help="Measure the targets that pass, for the model card and a budget.",
         ),
     ] = True,
     runs: Runs = DEFAULT_RUNS,

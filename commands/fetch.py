@@ -37,7 +37,7 @@ def fetch(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help=("Read every byte of the fetched files and compare checksums.")
+            "--verify", help="Read every byte of the fetched files and compare checksums."
         ),
     ] = False,
     on: On = None,

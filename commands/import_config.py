@@ -46,7 +46,7 @@ def import_config(
         ),
     ],
     source: Annotated[
-        Tool, typer.Option("--from", help=("The tool that the config was written for."))
+        Tool, typer.Option("--from", help="The tool that the config was written for.")
     ],
     name: Annotated[str, typer.Option(help="Name of the job.")] = "imported",
     job: Annotated[
@@ -54,12 +54,12 @@ def import_config(
         typer.Option(
             "--job",
             metavar="JOB.yaml",
-            help=("With --from wandb: the job file that the sweep searches."),
+            help="With --from wandb: the job file that the sweep searches.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help=("File to write. Default: print the job file.")),
+        typer.Option("--output", "-o", help="File to write. Default: print the job file."),
     ] = None,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
@@ -216,7 +216,7 @@ def _read_blocks(file: Path) -> dict[str, Any]:
         raise JobFileError(str(file), document.problems)
     if not isinstance(document.value, dict):
         raise JobFileError(
-            str(file), [Problem("", ("a config must be a block of keys (`key: value`)"))]
+            str(file), [Problem("", "a config must be a block of keys (`key: value`)")]
         )
     return document.value
 

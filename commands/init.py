@@ -106,7 +106,7 @@ def init(
     partition: Annotated[
         str | None,
         typer.Option(
-            help=("For the site file: Slurm partition. Default: the cluster's default partition.")
+            help="For the site file: Slurm partition. Default: the cluster's default partition."
         ),
     ] = None,
     output: Annotated[

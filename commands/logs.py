@@ -23,7 +23,7 @@ def logs(
     trial: Annotated[
         str | None,
         typer.Argument(
-            metavar="[TRIAL]", help=("Id of a trial. Default: print the log of the driver.")
+            metavar="[TRIAL]", help="Id of a trial. Default: print the log of the driver."
         ),
     ] = None,
     follow: Annotated[
@@ -90,12 +90,13 @@ def _list_log_files(run: Run, trial: str | None) -> list[Path]:
             array_task.path / "logs" / "driver.log" for array_task in run.list_array_tasks()
         ]
         return [*jobs, find_driver_log(run), *part_logs, run.path / "events.jsonl"]
-    matching = [known for known in run.list_trials() if known.id.startswith(trial)]
+    trials = run.list_trials()
+    matching = [candidate for candidate in trials if candidate.id.startswith(trial)]
     if len(matching) != 1:
-        known = ", ".join(known.id for known in matching or run.list_trials())
+        ids = ", ".join(candidate.id for candidate in matching or trials)
         problem = f"several trials that begin with {trial!r}" if matching else f"no trial {trial!r}"
         raise RunError(
-            f"{run.id} has {problem}; {'they are' if matching else 'it has'} {known or 'none yet'}"
+            f"{run.id} has {problem}; {'they are' if matching else 'it has'} {ids or 'none yet'}"
         )
     return [matching[0].path / "metrics.jsonl", matching[0].path / "traceback.txt"]
 

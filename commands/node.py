@@ -93,7 +93,7 @@ def failed(run: Path, sentence: str) -> None:
 def send(
     run: Path,
     weights: Annotated[
-        str, typer.Option(help=("Weights to send: none, best, all or exports."))
+        str, typer.Option(help="Weights to send: none, best, all or exports.")
     ] = "none",
     whole: Annotated[bool, typer.Option("--whole", help="Also send the W&B records.")] = False,
     texts: Annotated[bool, typer.Option("--texts", help="Also send the job and the plan.")] = False,
@@ -195,9 +195,7 @@ def leave(
     seconds: Annotated[float, typer.Option(help="Seconds until the pod is killed.")],
     drain: Annotated[
         bool,
-        typer.Option(
-            "--drain", help=("The pod is a worker: tell Ray that this node will go away.")
-        ),
+        typer.Option("--drain", help="The pod is a worker: tell Ray that this node will go away."),
     ] = False,
 ) -> None:
     """Save a run's trials before its pod is deleted.

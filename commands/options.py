@@ -26,9 +26,7 @@ Wait = Annotated[
 ]
 Detach = Annotated[
     bool,
-    typer.Option(
-        "--detach", "-d", help=("Return immediately; the run continues in the background.")
-    ),
+    typer.Option("--detach", "-d", help="Return immediately; the run continues in the background."),
 ]
 Verbose = Annotated[
     bool,
@@ -38,9 +36,9 @@ Verbose = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """Where a run starts, and how it is followed.
+    """Options of the commands that start a run: its site, its nodes and its output.
 
-    Each field becomes an option of the command. Used by the commands that start a run.
+    Each field becomes an option of the command.
     """
 
     runs: Runs = DEFAULT_RUNS

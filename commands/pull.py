@@ -45,7 +45,7 @@ def pull(
         typer.Option(
             "--on",
             metavar="SITE",
-            help=("Site that the run is on, if this machine has no record of it yet."),
+            help="Site that the run is on, if this machine has no record of it yet.",
         ),
     ] = None,
     runs: Runs = DEFAULT_RUNS,

@@ -43,11 +43,11 @@ Port = Annotated[
         metavar="PORT",
         min=0,
         max=65535,
-        help=("Port of the page on 127.0.0.1. 0: any free port."),
+        help="Port of the page on 127.0.0.1. 0: any free port.",
     ),
 ]
 InTerminal = Annotated[
-    bool, typer.Option("--terminal", help=("Ask in this terminal instead of on a web page."))
+    bool, typer.Option("--terminal", help="Ask in this terminal instead of on a web page.")
 ]
 
 

@@ -37,7 +37,7 @@ def serve(
     queue: Annotated[
         int,
         typer.Option(
-            min=0, max=24, help=("Requests that may wait; further ones are answered with 429.")
+            min=0, max=24, help="Requests that may wait; further ones are answered with 429."
         ),
     ] = 8,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads. 0: the runtime decides.")] = 0,

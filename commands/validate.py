@@ -33,7 +33,7 @@ def validate(
     overrides: Overrides = None,
     on: On = None,
     data: Annotated[
-        bool, typer.Option("--data/--no-data", help=("Also read and check the data files."))
+        bool, typer.Option("--data/--no-data", help="Also read and check the data files.")
     ] = True,
     output: Output = Format.TEXT,
     runs: AnyRuns = DEFAULT_RUNS,

@@ -156,7 +156,7 @@ def export(
                 _write_summary(selected, outcomes[-1], out, exporter.base)
         except Exception as error:  # safetensors and ONNX raise their own disk errors
             disk_error = make_disk_full_error(
-                error, out, ("run the export again: accepted targets are kept")
+                error, out, "run the export again: accepted targets are kept"
             )
             if disk_error:
                 raise disk_error from error

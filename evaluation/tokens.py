@@ -751,7 +751,7 @@ _COUNTER_NOTES = (
     ("user_dropped", "in {rows} the chat template drops or changes the user's message"),
     (
         "answer_changed",
-        ("in {rows} the chat template changes the answer: the rendered form is learnt"),
+        "in {rows} the chat template changes the answer: the rendered form is learnt",
     ),
     (
         "markers_unusable",

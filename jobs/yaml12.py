@@ -184,13 +184,13 @@ class _Builder:
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 self._add_problem(
-                    path, ("a key must be a single word, not a list or block"), key_node
+                    path, "a key must be a single word, not a list or block", key_node
                 )
                 continue
             key = str(key_node.value)
             if key == "<<":
                 self._add_problem(
-                    path, ("merge keys (<<) are not supported: repeat the keys"), key_node
+                    path, "merge keys (<<) are not supported: repeat the keys", key_node
                 )
                 continue
             inner = f"{path}.{key}" if path else key
@@ -199,7 +199,7 @@ class _Builder:
                 first = self.document.lines[inner]
                 self._add_problem(
                     inner,
-                    (f"{inner} occurs twice, first in line {first}: keep one of the two"),
+                    f"{inner} occurs twice, first in line {first}: keep one of the two",
                     key_node,
                 )
             self.document.lines.setdefault(inner, key_node.start_mark.line + 1)

@@ -228,7 +228,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             definition = single_try_client.get_definition()
             if definition is None:
                 return [
-                    ("the cluster does not know RayJob: an administrator must install KubeRay")
+                    "the cluster does not know RayJob: an administrator must install KubeRay"
                 ], ""
             return crd.Schema.from_definition(definition).list_errors(job), ""
         except ClusterError as error:
@@ -427,7 +427,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         if job is None and read_record(run).stopping and self._has_running_pods(run):
             return RunStatus(
                 RunState.RUNNING,
-                ("its RayJob was deleted; its pods are saving their trials and will stop"),
+                "its RayJob was deleted; its pods are saving their trials and will stop",
             )
         return derive_status(run, self.get_object_name(run), job, queued=self._uses_kueue)
 

@@ -527,7 +527,7 @@ def _restricted(job: Tree) -> RuleProblems:
         if get(template, "spec.securityContext.runAsNonRoot") is not True:
             yield (
                 f"{path}.spec.securityContext.runAsNonRoot",
-                ("PodSecurity `restricted` requires true"),
+                "PodSecurity `restricted` requires true",
             )
         if get(template, "spec.securityContext.seccompProfile.type") not in (
             "RuntimeDefault",
@@ -638,7 +638,7 @@ def _kueue_pod_sets(job: Tree) -> RuleProblems:
         if group.get("groupName") == "head":
             yield (
                 f"{path}.groupName",
-                ("Kueue uses this name for the head's pods: choose another name"),
+                "Kueue uses this name for the head's pods: choose another name",
             )
 
 
@@ -666,7 +666,7 @@ def _yunikorn(job: Tree) -> RuleProblems:
     ):
         yield (
             "metadata.labels",
-            ("YuniKorn needs the label yunikorn.apache.org/app-id to schedule a gang"),
+            "YuniKorn needs the label yunikorn.apache.org/app-id to schedule a gang",
         )
 
 

@@ -84,7 +84,7 @@ def parse_job_state(status: dict[str, Any] | None, *, queued: bool = False) -> J
     if state is None:
         return JobState(
             RunState.PENDING,
-            (f"is {deployment}, a state that this version of lorafleet does not know"),
+            f"is {deployment}, a state that this version of lorafleet does not know",
         )
     if deployment in ("ValidationFailed", "Retrying"):
         return JobState(state.run, state.sentence + reason, state.ended)

@@ -66,7 +66,7 @@ def derive_status(run: Run, name: str, job: dict[str, Any] | None, *, queued: bo
     if state.run is RunState.STOPPED:
         return RunStatus(
             RunState.STOPPED,
-            (f"RayJob {name} {state.sentence}; continue it with `lorafleet resume {run.id}`"),
+            f"RayJob {name} {state.sentence}; continue it with `lorafleet resume {run.id}`",
         )
     missing = reason if own_state is None else ""
     return RunStatus(

@@ -340,7 +340,7 @@ class SlurmBackend:
             records = self._load_job_records(run)
         except client.SlurmError as error:
             return RunStatus(
-                run.state, (f"{error}; the last recorded state is {run.state}"), fresh=False
+                run.state, f"{error}; the last recorded state is {run.state}", fresh=False
             )
         return derive_status(run, jobs[-1], records)
 
@@ -496,7 +496,7 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
         message += f": {last.reason}"
     if state.run is RunState.STOPPED:
         return RunStatus(
-            RunState.STOPPED, (f"{message}; continue it with `lorafleet resume {run.id}`")
+            RunState.STOPPED, f"{message}; continue it with `lorafleet resume {run.id}`"
         )
     last_output = _read_last_output(run, last.job_id)
     return RunStatus(

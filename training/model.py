@@ -297,7 +297,7 @@ def _list_uninitialized(
             reason = (
                 "has another size than in its config"
                 if key in mismatched
-                else ("is missing from its files")
+                else "is missing from its files"
             )
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise AssetError(

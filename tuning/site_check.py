@@ -197,7 +197,7 @@ def _check_scratch() -> tuple[str, str, str, str]:
             "scratch",
             "missing",
             f"{folder}: {error.strerror}",
-            ("set scratch_dir in the site file to a writable folder"),
+            "set scratch_dir in the site file to a writable folder",
         )
     finally:
         path.unlink(missing_ok=True)
@@ -231,7 +231,7 @@ def _check_runs_folder(folder: Path) -> tuple[str, str, str, str]:
             "runs",
             "missing",
             f"{folder}: {error.strerror}",
-            ("set runs_dir in the site file to a writable folder"),
+            "set runs_dir in the site file to a writable folder",
         )
     return ("runs", "ok", f"{folder.parent} is writable", "")
 
@@ -286,8 +286,8 @@ def _check_collective(rows: list[dict[str, Any]]) -> Finding:
         return Finding(
             "collective",
             "note",
-            ("not tested: only one node"),
-            ("with `nodes: 2` in the site file, two nodes are tested"),
+            "not tested: only one node",
+            "with `nodes: 2` in the site file, two nodes are tested",
         )
     names = " and ".join(row["NodeManagerHostname"] for row in rows)
     members = []

@@ -65,7 +65,7 @@ def inspect_node(
         problem = (
             f"has no IPv4 address on the interface {interface}"
             if interface
-            else ("has no IPv4 address except the loopback address")
+            else "has no IPv4 address except the loopback address"
         )
     return {
         "node": node,

@@ -15,7 +15,7 @@ Reads = Literal["attention", "attended", "feed_forward", "inner"]
 (`attended`), or the input (`feed_forward`) or middle (`inner`) of the feed-forward part.
 """
 Family = Literal["bert", "gpt", "llama"]
-"""How a block is built, as far as it decides what the block keeps for the backward pass."""
+"""Architecture of a block, which determines the tensors that it keeps for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Shape:
     beside: tuple[Matrix, ...] = ()
     """Matrices outside the layers, present once (a pooler)."""
     family: Family = "llama"
-    """How its blocks are built."""
+    """Architecture of the blocks."""
     positions: int = 0
     """Number of learnt position embeddings; 0 if positions are computed."""
     tied: bool = True

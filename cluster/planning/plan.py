@@ -62,7 +62,7 @@ _BYTES_PER_LOADED_WEIGHT = 2
 
 @dataclass(frozen=True)
 class _JobInputs:
-    """What this machine has of a job's data and models."""
+    """The data and models of a job that are on this machine."""
 
     rows: Rows | None
     facts: Provenance | None

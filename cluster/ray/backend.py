@@ -380,7 +380,7 @@ def derive_status(run: Run, name: str, job: JobInfo | None) -> RunStatus:
     if job.status == "STOPPED" or own_state is RunState.STOPPED:
         return RunStatus(
             RunState.STOPPED,
-            (f"job {name} was stopped; continue it with `lorafleet resume {run.id}`"),
+            f"job {name} was stopped; continue it with `lorafleet resume {run.id}`",
         )
     message = reason if own_state is RunState.FAILED else ""
     message = message or f"job {name} failed: {' '.join(job.message.split())[:300]}"

@@ -8,7 +8,7 @@ made without asking the storage.
 from __future__ import annotations
 
 import hashlib
-import os
+import posixpath
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -161,7 +161,8 @@ def map_uploaded_paths(storage: str, job: JobSpec, cache: str) -> dict[str, str]
         except OSError:
             continue
         if content_digest in targets:
-            remote_paths[path] = os.path.join(cache, targets[content_digest])  # noqa: PTH118 - a path in pods, not on this machine
+            # A path in pods or on nodes, not on this machine.
+            remote_paths[path] = posixpath.join(cache, targets[content_digest])
     return remote_paths
 
 

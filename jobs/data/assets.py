@@ -137,7 +137,7 @@ def get_asset(name: str) -> Asset:
         hint = (
             f"did you mean asset:{suggestion}?"
             if suggestion
-            else (f"the assets are {', '.join(ASSETS)}")
+            else f"the assets are {', '.join(ASSETS)}"
         )
         raise AssetError(f"{name} is not an asset; {hint}")
     return entry

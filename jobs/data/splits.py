@@ -318,7 +318,7 @@ def _format_refusal(rows: AnyRows, groups: _Groups, share: float, target: int, f
         reason = (
             f"each of the {classes} classes must keep one row"
             if classes > 1
-            else ("no row can be spared")
+            else "no row can be spared"
         )
         return (
             f"{field} is {share:g} ({target:,} of {format_count(len(rows), 'row')}), but there are "

@@ -237,7 +237,7 @@ def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJ
             "",
             "the file is empty"
             if document.value is None
-            else ("a job file must be a block of keys (`key: value`)"),
+            else "a job file must be a block of keys (`key: value`)",
         )
     if reading.problems:
         raise JobFileError(str(path), reading.problems)
@@ -485,7 +485,7 @@ def _translate_scheduler(reading: _Reading, path: str) -> None:
         if leaf in block:
             reading.add_problem(
                 f"{path}.{key}",
-                (f"{path}.{key} means {path}.{leaf}, which is also set: keep one of the two"),
+                f"{path}.{key} means {path}.{leaf}, which is also set: keep one of the two",
             )
             block.pop(key)
             continue
@@ -545,7 +545,7 @@ def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str)
         if path != name and path in parameters:
             reading.add_problem(
                 f"{prefix}{name}",
-                (f"{prefix}{name} means {path}, which is also set: keep one of the two"),
+                f"{prefix}{name} means {path}, which is also set: keep one of the two",
             )
             parameters.pop(name)
             continue
@@ -563,7 +563,7 @@ def _translate_names(reading: _Reading, settings: Any, prefix: str) -> None:
         if path != name and path in settings:
             reading.add_problem(
                 f"{prefix}{name}",
-                (f"{prefix}{name} means {path}, which is also set: keep one of the two"),
+                f"{prefix}{name} means {path}, which is also set: keep one of the two",
             )
             settings.pop(name)
             continue

@@ -54,12 +54,12 @@ METRICS = {
             "share of answers equal to the reference, ignoring case and outer spaces",
         ),
         Metric(
-            "contains", "maximize", ("share of answers that contain the reference, ignoring case")
+            "contains", "maximize", "share of answers that contain the reference, ignoring case"
         ),
         Metric(
             "length_ratio",
             "closer to 1",
-            ("number of words in all answers divided by that in all references"),
+            "number of words in all answers divided by that in all references",
         ),
     )
 }

@@ -333,7 +333,7 @@ def _find_parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> l
         return [
             Problem(
                 where,
-                (f"search.parameters has {path!r}, which is not a field of the job file{hint}"),
+                f"search.parameters has {path!r}, which is not a field of the job file{hint}",
             )
         ]
     if path.split(".")[0] in fields.NOT_SEARCHED:
@@ -475,9 +475,7 @@ def describe_impossible(job: JobSpec, assignment: Assignment) -> str | None:
     problems = _find_trial_problems(job, assignment, "search.parameters")
     values = ", ".join(f"{path}={value}" for path, value in assignment.items())
     return (
-        (f"the configuration {values} is not possible: {problems[0].sentence}")
-        if problems
-        else None
+        f"the configuration {values} is not possible: {problems[0].sentence}" if problems else None
     )
 
 

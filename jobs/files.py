@@ -28,7 +28,8 @@ SCHEMA_VERSION = 1
 
 def expand_home(path: str) -> Path:
     """Return a path with `~` or `~user` expanded; unchanged if there is no such user."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+    # Path.expanduser raises if there is no such user.
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def resolve_links(path: Path) -> Path:

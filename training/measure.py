@@ -65,7 +65,8 @@ def measure_inference(
     torch.set_num_threads(max(1, job.resources.cpus_per_worker))
     device = resolve_device(gpus)
     data = open_tokens(tokens)
-    import transformers  # noqa: F401 - imported before the first memory reading: every such process needs it
+    # Imported before the first memory reading, because every such process needs it.
+    import transformers  # noqa: F401
 
     if job.method == "qlora":
         import bitsandbytes  # noqa: F401

@@ -133,7 +133,8 @@ class PackedRows(LargeRows):
         for begin, end in zip(
             self._ends[indices].tolist(), self._ends[indices + 1].tolist(), strict=True
         ):
-            values, messages = marshal.loads(view[begin:end])  # nosec B302  # written by this process
+            # Written by this process.
+            values, messages = marshal.loads(view[begin:end])  # nosec B302
             fields_of_row = dict(zip(_ROW_FIELDS, values, strict=True))
             yield Row(**fields_of_row, messages=tuple(Message(*message) for message in messages))
 

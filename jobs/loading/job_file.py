@@ -541,35 +541,39 @@ def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str)
     if not isinstance(parameters, dict):
         return
     for name in list(parameters):
-        path = resolve_field_name(name)
-        if path != name and path in parameters:
-            reading.add_problem(
-                f"{prefix}{name}",
-                f"{prefix}{name} means {path}, which is also set: keep one of the two",
-            )
-            parameters.pop(name)
-            continue
-        if path != name:
-            parameters[path] = parameters.pop(name)
-            reading.lines[f"{prefix}{path}"] = reading.lines.get(f"{prefix}{name}", 0)
-            _add_note(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
-        parameters[path] = _expand_short_form(reading, path, parameters[path], prefix)
+        path = _rename_key(reading, parameters, name, prefix)
+        if path:
+            parameters[path] = _expand_short_form(reading, path, parameters[path], prefix)
+
+
+def _rename_key(reading: _Reading, settings: dict[str, Any], name: Any, prefix: str) -> str:
+    """Rename a key of settings to the dotted path of the field that it means.
+
+    Returns the path. It is empty if the key was removed, because the field is set under both
+    names; the problem is then recorded.
+    """
+    path = resolve_field_name(str(name))
+    if path == name:
+        return path
+    value = settings.pop(name)
+    if path in settings:
+        reading.add_problem(
+            f"{prefix}{name}",
+            f"{prefix}{name} means {path}, which is also set: keep one of the two",
+        )
+        return ""
+    settings[path] = value
+    reading.lines[f"{prefix}{path}"] = reading.lines.get(f"{prefix}{name}", 0)
+    _add_note(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
+    return path
 
 
 def _translate_names(reading: _Reading, settings: Any, prefix: str) -> None:
     """Translate other tools' names and values in settings whose keys are full dotted paths."""
     for name in list(settings) if isinstance(settings, dict) else ():
-        path = resolve_field_name(str(name))
-        if path != name and path in settings:
-            reading.add_problem(
-                f"{prefix}{name}",
-                f"{prefix}{name} means {path}, which is also set: keep one of the two",
-            )
-            settings.pop(name)
+        path = _rename_key(reading, settings, name, prefix)
+        if not path:
             continue
-        if path != name:
-            settings[path] = settings.pop(name)
-            _add_note(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
         value = settings[path]
         if isinstance(value, str) and path in fields.get_leaf_fields() and fields.is_number(path):
             settings[path] = value = _translate_expression(value, path)

@@ -296,11 +296,7 @@ class SlurmBackend:
         Raises:
             RunError: A job of the run still waits or runs.
         """
-        live = [
-            record
-            for record in self._load_job_records(run)
-            if not get_job_state(record.state).ended
-        ]
+        live = self._load_live_records(run)
         if live:
             raise RunError(
                 f"{run.id} already has job {live[0].job_id}, which {_describe_record(live[0])}"
@@ -324,6 +320,14 @@ class SlurmBackend:
         """
         return [
             record for job in _read_job_ids(run) if (record := client.find_job(job)) is not None
+        ]
+
+    def _load_live_records(self, run: Run) -> list[JobRecord]:
+        """Return those of `_load_job_records` whose jobs wait or run."""
+        return [
+            record
+            for record in self._load_job_records(run)
+            if not get_job_state(record.state).ended
         ]
 
     def status(self, run: Run) -> RunStatus:
@@ -388,11 +392,7 @@ class SlurmBackend:
         Raises:
             RunError: The run has no job that waits or runs.
         """
-        live = [
-            record
-            for record in self._load_job_records(run)
-            if not get_job_state(record.state).ended
-        ]
+        live = self._load_live_records(run)
         if not live:
             raise RunError(
                 f"{run.id} has no pending or running job: it is {self.status(run).state}"

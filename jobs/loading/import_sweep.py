@@ -8,7 +8,7 @@ them. Format: docs.wandb.ai, sweep configuration.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,6 +21,7 @@ from lorafleet.jobs.schema.aliases import (
     VALUE_ALIASES,
 )
 from lorafleet.jobs.schema.metrics import strip_metric_prefix
+from lorafleet.jobs.schema.search import Distribution
 from lorafleet.jobs.trials.hyperband import HYPERBAND_KEYS, convert_to_asha
 
 _METHODS = {"random": "random", "grid": "grid", "bayes": "tpe"}
@@ -32,14 +33,7 @@ _UNSUPPORTED_REASONS = {
     "description": "has no counterpart",
 }
 _METRICS = {"acc": "accuracy"}
-_DISTRIBUTIONS = (
-    "uniform",
-    "log_uniform_values",
-    "int_uniform",
-    "q_uniform",
-    "q_log_uniform_values",
-    "categorical",
-)
+_DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 
 
 def translate_sweep(config: dict[str, Any], name: str) -> Translation:

@@ -133,8 +133,8 @@ def measure_lorafleet(run: Run) -> dict[str, float]:
     finished = max(trial.read_status().ended or 0.0 for trial in trials)
     rows = [trial.read_metrics()[-1] for trial in trials]
     training, evaluation = (
-        sum(r["train_seconds"] for r in rows),
-        sum(r["eval_seconds"] for r in rows),
+        sum(row.train_seconds or 0.0 for row in rows),
+        sum(row.eval_seconds or 0.0 for row in rows),
     )
     slots = json.loads((run.path / "plan.json").read_text())["placement"]["slots"]
     return {
@@ -194,9 +194,9 @@ def run_peer(folder: Path, *, grouped: bool) -> None:
     trials = [
         {
             "assignment": t.read_params().assignment,
-            "stop_at": t.read_metrics()[-1]["step"],
+            "stop_at": t.read_metrics()[-1].step,
             "total": t.read_params().total_steps,
-            "evaluate_at": [row["step"] for row in t.read_evaluations()],
+            "evaluate_at": [row.step for row in t.read_evaluations()],
         }
         for t in run.list_trials()
     ]

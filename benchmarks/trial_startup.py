@@ -71,8 +71,8 @@ def measure_warm_gaps(run: Run) -> list[float]:
     by_actor: dict[str, list[tuple[float, float]]] = {}
     for finished_trial in run.list_trials():
         rows = finished_trial.read_metrics()
-        by_actor.setdefault(rows[0]["host"], []).append(
-            (rows[0]["first_gradient_at"], finished_trial.read_status().ended or 0.0)
+        by_actor.setdefault(str(rows[0].host), []).append(
+            (rows[0].first_gradient_at or 0.0, finished_trial.read_status().ended or 0.0)
         )
     gaps = []
     for spans in by_actor.values():

@@ -175,12 +175,11 @@ def resolve_class_order(runs: list[Run], job: JobSpec) -> list[str]:
     Raises:
         UserError: Two runs, or a run and the job, have different classes or another order.
     """
-    from lorafleet.jobs import files
     from lorafleet.jobs.errors import UserError
 
     if job.task != "classification":
         return []
-    labels_by_run = {run.id: files.read_json(run.path / "facts.json").get("labels") for run in runs}
+    labels_by_run = {run.id: run.read_metadata().labels for run in runs}
     expected, source = list(job.data.labels or []), "the job's data.labels"
     for name, labels in labels_by_run.items():
         if labels and expected and labels != expected:

@@ -18,15 +18,15 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
     """Print one line per trial, and the best trial so far."""
     from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
-    from lorafleet.commands.view import collect_trial_rows, find_best_row, render_run
+    from lorafleet.commands.view import collect_trials, find_best_trial, render_run
 
     selected_run = find_run(runs, run)
     backend = get_backend(selected_run)
     backend.refresh(selected_run, print_message)
     run_status = backend.status(selected_run)
     if output is Format.JSON:
-        rows = collect_trial_rows(selected_run)
-        best_row = find_best_row(rows)
+        trials = collect_trials(selected_run)
+        best = find_best_trial(trials)
         print_json(
             {
                 "run": selected_run.id,
@@ -36,8 +36,8 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
                 "alive": selected_run.is_alive(),
                 "phase": selected_run.read_status().phase,
                 "reason": selected_run.read_status().reason,
-                "best": best_row["trial_id"] if best_row else None,
-                "trials": rows,
+                "best": best.trial_id if best else None,
+                "trials": [trial.model_dump() for trial in trials],
                 "damaged": selected_run.list_damages(),
             }
         )

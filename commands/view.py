@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
 from lorafleet.evaluation.report.format import (
     format_duration,
     format_number,
@@ -16,10 +18,12 @@ from lorafleet.evaluation.report.format import (
 )
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.runs.records import raise_damaged_file
+from lorafleet.jobs.runs.events import SearchEvent
+from lorafleet.jobs.runs.records import MetricsRow, raise_damaged_file
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.schema.search import FOLD
+from lorafleet.jobs.schema.types import Goal
 from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials.sampling import remove_fold
 
@@ -38,27 +42,60 @@ _STYLES = {
 }
 
 
-def collect_trial_rows(run: Run) -> list[dict[str, Any]]:
-    """Return the state of each trial as data. Trials with damaged files are left out.
+class TrialView(BaseModel):
+    """State of one trial, as the live view and `status --format json` show it.
 
-    `status --format json` prints these rows, so their keys are public.
+    The names of the fields are public: they are the keys of that JSON.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    trial_id: str
+    arm: str | None
+    """Arm of a comparison that the trial belongs to."""
+    state: str
+    params: dict[str, Any]
+    """Dotted field -> value that the search assigned."""
+    rung: int | None
+    """Index of the last rung that was reached."""
+    rungs: int
+    """Number of rungs."""
+    step: int
+    total_steps: int
+    train_loss: float | None
+    metric: str
+    goal: Goal
+    score: float | None
+    """Best validation score so far."""
+    tokens_per_second: float | None
+    seconds_left: float | None
+    """Estimated time to the last step, for a trial that is training."""
+    failure: str | None
+    """Class of the failure that ended the trial."""
+
+    @property
+    def is_fold(self) -> bool:
+        """Return whether the trial is one fold of a cross-validation."""
+        return FOLD in self.params
+
+
+def collect_trials(run: Run) -> list[TrialView]:
+    """Return the state of each trial. Trials with damaged files are left out.
 
     Raises:
         RunError: The run's plan.json is damaged.
     """
     with raise_damaged_file(run.path / "plan.json"):
         name, goal = _get_metric(files.read_json(run.path / "plan.json").get("job", {}))
-    rows = []
+    views = []
     for trial in run.list_trials():
-        with (
-            contextlib.suppress(RunError),
-            raise_damaged_file(trial.path),
-        ):  # the run's remarks name it
-            rows.append(_build_trial_row(trial, name, goal))
-    return rows
+        # A damaged trial is named by the run's remarks.
+        with contextlib.suppress(RunError), raise_damaged_file(trial.path):
+            views.append(_build_trial_view(trial, name, goal))
+    return views
 
 
-def _get_metric(job: dict[str, Any]) -> tuple[str, str]:
+def _get_metric(job: dict[str, Any]) -> tuple[str, Goal]:
     """Return (name, goal) of a job's metric.
 
     Args:
@@ -70,74 +107,71 @@ def _get_metric(job: dict[str, Any]) -> tuple[str, str]:
     metric = (job.get("search") or job.get("compare") or {}).get("metric")
     name = metric["name"] if metric else DEFAULT_METRIC[job.get("task", "classification")]
     goal = metric["goal"] if metric else METRICS[name].goal
-    return name, str(goal)
+    return name, "minimize" if goal == "minimize" else "maximize"
 
 
-def _build_trial_row(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
+def _build_trial_view(trial: Trial, metric: str, goal: Goal) -> TrialView:
     params, status, rows = trial.read_params(), trial.read_status(), trial.read_metrics()
-    last = rows[-1] if rows else {}
+    last = rows[-1] if rows else MetricsRow(step=0)
     heartbeat = trial.read_progress()
     # Between two reports the heartbeat is further; after a report, the row is.
-    latest = last
-    if heartbeat.step > int(last.get("step", 0)):
-        latest = heartbeat.to_dict()
-    best = None
+    latest = heartbeat if heartbeat.step > last.step else last
+    best: float | None = None
     for row in rows:
-        score = row.get(metric) if row.get("evaluated") else None
+        score = row.get_metric(metric) if row.evaluated else None
         if score is not None and is_better(score, best, goal):
             best = score
     state = status.state or "pending"
     if state == "pending" and time.time() - (heartbeat.time or 0.0) < _FRESH_SECONDS:
         state = "running"  # it is training and has not reported yet
-    step, total = int(latest.get("step", 0)), params.total_steps or 0
-    seconds = latest.get("train_seconds")
-    seconds_left = (
-        seconds / step * (total - step) if seconds and step and state == "running" else None
+    step, total = latest.step, params.total_steps or 0
+    seconds_left = None
+    if state == "running" and step and latest.train_seconds:
+        seconds_left = latest.train_seconds / step * (total - step)
+    train_loss = latest.train_loss if latest.train_loss is not None else last.train_loss
+    return TrialView(
+        trial_id=trial.id,
+        arm=trial.arm,
+        state=state,
+        params=params.assignment,
+        rung=status.rung,
+        rungs=len(params.rung_levels),
+        step=step,
+        total_steps=total,
+        train_loss=train_loss,
+        metric=metric,
+        goal=goal,
+        score=best,
+        tokens_per_second=latest.tokens_per_second,
+        seconds_left=seconds_left,
+        failure=status.failure.failure_class if status.failure else None,
     )
-    return {
-        "trial_id": trial.id,
-        "arm": trial.arm,
-        "state": state,
-        "params": params.assignment,
-        "rung": status.rung,
-        "rungs": len(params.rung_levels),
-        "step": step,
-        "total_steps": total,
-        "train_loss": latest.get("train_loss")
-        if latest.get("train_loss") is not None
-        else last.get("train_loss"),
-        "metric": metric,
-        "goal": goal,
-        "score": best,
-        "tokens_per_second": latest.get("tokens_per_second"),
-        "seconds_left": seconds_left,
-        "failure": status.failure.failure_class if status.failure else None,
-    }
 
 
-def find_best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def find_best_trial(trials: list[TrialView]) -> TrialView | None:
     """Return the trial with the best score so far. Trials of a single fold are not candidates.
 
     None if no trial has a score. The score of a trial is the best of its evaluations.
     """
-    best: dict[str, Any] | None = None
-    for row in (row for row in rows if FOLD not in row["params"]):
-        best_score = best["score"] if best else None
-        if row["score"] is not None and is_better(row["score"], best_score, row["goal"]):
-            best = row
+    best: TrialView | None = None
+    for trial in trials:
+        if trial.is_fold or trial.score is None:
+            continue
+        if is_better(trial.score, best.score if best else None, trial.goal):
+            best = trial
     return best
 
 
-def describe_best_over_folds(rows: list[dict[str, Any]]) -> str | None:
+def describe_best_over_folds(trials: list[TrialView]) -> str | None:
     """Describe the best mean so far among the configurations with the most finished folds.
 
     Returns None if the run is not a cross-validation.
     """
     scores_of: dict[str, tuple[dict[str, Any], list[float]]] = {}
-    for row in rows:
-        if FOLD in row["params"] and row["score"] is not None:
-            params = remove_fold(row["params"])
-            scores_of.setdefault(repr(params), (params, []))[1].append(row["score"])
+    for trial in trials:
+        if trial.is_fold and trial.score is not None:
+            params = remove_fold(trial.params)
+            scores_of.setdefault(repr(params), (params, []))[1].append(trial.score)
     if not scores_of:
         return None
     # A mean over fewer folds is of other rows, so it is not comparable.
@@ -145,9 +179,9 @@ def describe_best_over_folds(rows: list[dict[str, Any]]) -> str | None:
     means = [
         (fmean(scores), params) for params, scores in scores_of.values() if len(scores) == folds
     ]
-    pick = max if rows[0]["goal"] == "maximize" else min
+    pick = max if trials[0].goal == "maximize" else min
     mean, params = pick(means, key=lambda pair: pair[0])
-    score = f"{rows[0]['metric']} {format_number(mean)}"
+    score = f"{trials[0].metric} {format_number(mean)}"
     return (
         f"best mean so far: {format_short_params(params)} with {score} over "
         f"{format_count(folds, 'fold')}"
@@ -164,17 +198,20 @@ def render_run(run: Run, message: str = "") -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    rows = collect_trial_rows(run)
+    trials = collect_trials(run)
     status = run.read_status()
     elapsed = format_duration(float(status.ended or time.time()) - run.created)
     # The driver records how many trials there will be; until then only those that exist are known.
-    total = (run.read_events("search") or [{}])[-1].get("trials", len(rows))
-    ended = sum(TrialState(row["state"]).has_ended for row in rows)
+    searches = run.read_events(SearchEvent)
+    total = searches[-1].trials if searches else None
+    if total is None:
+        total = len(trials)
+    ended = sum(TrialState(trial.state).has_ended for trial in trials)
     phase = status.phase or status.state
     head = Text.assemble((run.id, "bold"), f"  {phase}  {ended} of {total} trials ended  {elapsed}")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    parameters = list(dict.fromkeys(path for row in rows for path in row["params"]))
-    arms = any(row["arm"] for row in rows)
+    parameters = list(dict.fromkeys(path for trial in trials for path in trial.params))
+    arms = any(trial.arm for trial in trials)
     for name in (
         "",
         *(["arm"] if arms else []),
@@ -183,26 +220,25 @@ def render_run(run: Run, message: str = "") -> RenderableType:
         "rung",
         "step",
         "loss",
-        rows[0]["metric"] if rows else "score",
+        trials[0].metric if trials else "score",
         "tokens/s",
         "left",
     ):
         table.add_column(
             name, justify="left" if name in ("", "trial", "arm") else "right", no_wrap=True
         )
-    best = find_best_row(rows)
-    for row in rows:
-        style = "bold green" if row is best else _STYLES[row["state"]]
+    best = find_best_trial(trials)
+    for trial in trials:
+        style = "bold green" if trial is best else _STYLES[trial.state]
         table.add_row(
-            *(Text(cell) for cell in _format_cells(row, parameters, arms=arms)), style=style
+            *(Text(cell) for cell in _format_cells(trial, parameters, arms=arms)), style=style
         )
     parts: list[RenderableType] = [head, *([Text(message, style="dim")] if message else []), table]
-    over_folds = describe_best_over_folds(rows)
+    over_folds = describe_best_over_folds(trials)
     if best:
         parts.append(
             Text(
-                f"best so far: {best['trial_id']} with {best['metric']} "
-                f"{format_number(best['score'])}",
+                f"best so far: {best.trial_id} with {best.metric} {format_number(best.score)}",
                 style="bold",
             )
         )
@@ -211,21 +247,21 @@ def render_run(run: Run, message: str = "") -> RenderableType:
     return Group(*parts)
 
 
-def _format_cells(row: dict[str, Any], parameters: list[str], *, arms: bool) -> list[str]:
-    values = [row["params"].get(path, "-") for path in parameters]
+def _format_cells(trial: TrialView, parameters: list[str], *, arms: bool) -> list[str]:
+    values = [trial.params.get(path, "-") for path in parameters]
     value_texts = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-    rung = "-" if row["rung"] is None else f"{row['rung'] + 1}/{row['rungs']}"
+    rung = "-" if trial.rung is None else f"{trial.rung + 1}/{trial.rungs}"
     return [
-        _MARKS[row["state"]],
-        *([row["arm"] or "-"] if arms else []),
-        row["trial_id"],
+        _MARKS[trial.state],
+        *([trial.arm or "-"] if arms else []),
+        trial.trial_id,
         *value_texts,
         rung,
-        f"{row['step']}/{row['total_steps']}" if row["total_steps"] else "-",
-        format_number(row["train_loss"]),
-        row["failure"] or format_number(row["score"]),
-        format_number(row["tokens_per_second"], 0),
-        format_duration(row["seconds_left"]),
+        f"{trial.step}/{trial.total_steps}" if trial.total_steps else "-",
+        format_number(trial.train_loss),
+        trial.failure or format_number(trial.score),
+        format_number(trial.tokens_per_second, 0),
+        format_duration(trial.seconds_left),
     ]
 
 
@@ -245,19 +281,18 @@ def iterate_news(run: Run, shown_lines: set[str]) -> Iterator[str]:
 
 
 def _iterate_all_news(run: Run) -> Iterator[str]:
-
     plan = files.read_json(run.path / "plan.json").get("job", {})
     metric, _ = _get_metric(plan)
-    for warning in files.read_json(run.path / "facts.json").get("warnings", []):
+    for warning in run.read_metadata().warnings:
         yield f"note: {warning}"
     for trial in run.list_trials():
         values = format_params(trial.read_params().assignment)
         name = " ".join(filter(None, (trial.arm, trial.id, f"({values})" if values else "")))
         for row in trial.read_evaluations():
             yield (
-                f"{name} step {row['step']}: {metric} {format_number(row.get(metric))}, train loss "
-                f"{format_number(row.get('train_loss'))}, "
-                f"{format_number(row.get('tokens_per_second'), 0)} tokens/s"
+                f"{name} step {row.step}: {metric} {format_number(row.get_metric(metric))}, "
+                f"train loss {format_number(row.train_loss)}, "
+                f"{format_number(row.tokens_per_second, 0)} tokens/s"
             )
         status = trial.read_status()
         if TrialState(status.state or "pending").has_ended:

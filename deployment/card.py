@@ -154,7 +154,7 @@ def _format_speed(inference: Inference | None) -> list[str]:
 def _format_number_formats(selected: SelectedModel) -> list[str]:
     """Return a line on the number formats of the training."""
     rows = Trial(selected.weights.parent).read_metrics() if selected.weights is not None else []
-    formats = rows[-1].get("number_formats") if rows else None
+    formats = rows[-1].number_formats if rows else None
     return [f"- trained with {escape_markdown(str(formats))}"] if formats else []
 
 

@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.jobs import files
+from lorafleet.jobs.runs.events import (
+    BaseLoadedEvent,
+    Event,
+    NoteEvent,
+    RetryEvent,
+    TrackingFailedEvent,
+    WarningEvent,
+)
 from lorafleet.jobs.runs.lease import Lease, find_silent_runs
 from lorafleet.jobs.runs.run import Run, Trial
 
-_MERGED_EVENTS = ("warning", "retry", "base_loaded", "note", "tracking_failed")
+_MERGED_EVENTS = (WarningEvent, RetryEvent, BaseLoadedEvent, NoteEvent, TrackingFailedEvent)
 """Events of an array task that are copied to the whole run."""
 
 
@@ -51,13 +59,9 @@ def merge_tasks(run: Run, metadata: dict[str, Any], say: Callable[[str], None]) 
                 target.parent.mkdir(exist_ok=True)
                 _remove_attempts(Trial(folder))
                 folder.rename(target)
-        for event in part.read_events():
-            if event["event"] in _MERGED_EVENTS:
-                recorded_fields = ("time", "event", "attempt", "schema_version")
-                run.add_event(
-                    event["event"],
-                    **{key: value for key, value in event.items() if key not in recorded_fields},
-                )
+        for event in part.read_events(Event):
+            if isinstance(event, _MERGED_EVENTS):
+                run.add_event(_drop_stamps(event))
         _move_wandb_runs(part.path / "wandb", run.path / "wandb")
         _move_log(part, run)
         # Everything has been moved; a repeated merge must not find the events again.
@@ -68,6 +72,13 @@ def merge_tasks(run: Run, metadata: dict[str, Any], say: Callable[[str], None]) 
         shutil.rmtree(run.path / "parts", ignore_errors=True)
 
 
+def _drop_stamps(event: Event) -> Event:
+    """Return an event of an array task without its time and attempt: the run has its own."""
+    stamps = ("time", "attempt", "schema_version")
+    values = {name: value for name, value in event.to_dict().items() if name not in stamps}
+    return type(event).model_validate(values)
+
+
 def _remove_attempts(trial: Trial) -> None:
     """Remove the attempt numbers from a trial's metrics.
 
@@ -76,7 +87,7 @@ def _remove_attempts(trial: Trial) -> None:
     rows = trial.read_metrics()
     if rows:
         lines = [
-            json.dumps({key: value for key, value in row.items() if key != "attempt"})
+            json.dumps({key: value for key, value in row.to_dict().items() if key != "attempt"})
             for row in rows
         ]
         files.write_text(trial.path / "metrics.jsonl", "\n".join(lines) + "\n")

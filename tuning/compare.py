@@ -28,6 +28,7 @@ from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.comparison import select_trained_rows
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode, RunError
+from lorafleet.jobs.runs.events import NoteEvent, WarningEvent
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import arms
@@ -84,9 +85,8 @@ class Comparison(TrainingDriver):
             f"training {name}",
         )
         if not select_trained_rows(build_report(arm), arms.get_arm(self.job, name)):
-            self.run.add_event(
-                "note", sentence=f"arm {name} has no trained weights: {_describe_failure(arm)}"
-            )
+            sentence = f"arm {name} has no trained weights: {_describe_failure(arm)}"
+            self.run.add_event(NoteEvent(sentence=sentence))
 
     def _compute_sample_budget(self, name: str, data: Any) -> int | None:
         """Return the training rows of one training under the equal budget.
@@ -242,13 +242,12 @@ class Comparison(TrainingDriver):
             for model in models
             if not (model.folder / "test.json").is_file()
         ]
-        with self._open_ray(attempt) as ray_facts:
-            self.run.add_event("ray", **ray_facts)
+        with self._open_ray(attempt) as ray_session:
+            self.run.add_event(ray_session)
             self.unjudged = evaluate_all(work, evaluations, self.placement.slots)
             for name, why in self.unjudged.items():
-                self.run.add_event(
-                    "warning", trial_id=name, sentence=f"not evaluated on the held-out rows: {why}"
-                )
+                sentence = f"not evaluated on the held-out rows: {why}"
+                self.run.add_event(WarningEvent(trial_id=name, sentence=sentence))
             self._check_stop()
             self._record_phase("measuring inference")
             # One model for each arm: seeds differ in their weights, not in their speed. Reversed,
@@ -359,13 +358,14 @@ class Comparison(TrainingDriver):
 
         data = prepare_tokens(self.job)
         facts = compute_provenance(self.job)
-        recorded = files.read_json(self.run.path / "facts.json")
-        if recorded and recorded["data_sha256"] != facts.data_sha256:
+        recorded = self.run.read_metadata()
+        if not recorded.is_empty and recorded.data_sha256 != facts.data_sha256:
             raise RunError(
                 f"the data files of {self.run.id} have changed since it started: start a new "
                 "comparison"
             )
-        files.write_json(self.run.path / "facts.json", build_metadata(self.job, facts, data))
+        metadata = build_metadata(self.job, facts, data)
+        files.write_json(self.run.path / "facts.json", metadata.to_dict())
         return data
 
     def _finish_stopped(self) -> ExitCode:

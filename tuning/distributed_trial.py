@@ -16,8 +16,14 @@ from typing import Any
 from lorafleet.jobs.errors import TrainingFailure, make_disk_full_error
 from lorafleet.jobs.schema.compatibility import WEIGHT_SHARDING_STRATEGIES
 from lorafleet.jobs.sites.placement import Placement
-from lorafleet.tuning.failures import WorkerUnusable, classify_exception, save_traceback
-from lorafleet.tuning.trial_run import TrialRun, Work, pack_report
+from lorafleet.tuning.failures import (
+    WorkerUnusable,
+    classify_exception,
+    make_disk_full_failure,
+    save_traceback,
+)
+from lorafleet.tuning.trial_report import TrialReport
+from lorafleet.tuning.trial_run import TrialRun, Work
 
 
 def build_distributed_trainable(work: Work, placement: Placement) -> Any:
@@ -96,16 +102,16 @@ def _run_worker(config: dict[str, Any]) -> None:
         run.open(load_base(run.job, len(data.labels), device, sharded=sharded))
         while True:
             report = run.advance()
-            train.report(pack_report(report))
+            train.report(report.to_result())
             # The group returns by itself: Ray frees its workers at once, but not always those of a
             # killed group.
-            if report["done"] or run.stopping or "failure" in report:
+            if report.ends_trial or run.stopping:
                 return
     except TrainingFailure as error:
         # All processes raise this in the same step, so all reach this report and the barrier does
         # not hang.
         save_traceback(Path(work.run), config["trial"]["trial_id"], error)
-        train.report(pack_report({"failure": classify_exception(error)}))
+        train.report(TrialReport(failure=classify_exception(error)).to_result())
     except Exception as error:
         # Any other error (such as a missing model) may affect this process alone, so the whole
         # group must end.
@@ -116,7 +122,7 @@ def _to_worker_unusable(error: Exception, work: Work, trial_id: str) -> Exceptio
     """Return the error that tells the driver why the group ended."""
     full = make_disk_full_error(error, Path(work.run))
     if full:
-        return WorkerUnusable({"full_disk": str(full)})
+        return WorkerUnusable(make_disk_full_failure(str(full)))
     save_traceback(Path(work.run), trial_id, error)
     return WorkerUnusable(classify_exception(error))
 

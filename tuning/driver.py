@@ -12,6 +12,7 @@ from lorafleet.cluster.execution.allocation import get_allocation
 from lorafleet.cluster.execution.driver import Driver, log
 from lorafleet.cluster.ray.nodes import build_worker_environment, parse_nodes
 from lorafleet.jobs import files
+from lorafleet.jobs.runs.events import PlacementEvent, RayEvent
 from lorafleet.jobs.sites.base import Node
 from lorafleet.jobs.sites.placement import fit_placement
 from lorafleet.tuning.array_tasks import merge_tasks
@@ -30,15 +31,15 @@ class TrainingDriver(Driver):
         merge_tasks(self.run, get_allocation(), log)
 
     @contextlib.contextmanager
-    def _open_ray(self, attempt: int) -> Iterator[dict[str, Any]]:
+    def _open_ray(self, attempt: int) -> Iterator[RayEvent]:
         """Yield a connection to Ray: a new local one, or the cluster that RAY_ADDRESS names.
 
         Changes the working directory and the environment of this process for good. On a
         cluster, the number of parallel trials is reduced to what its nodes hold.
 
         Returns:
-            A context manager. The yielded dict has Ray's session folder and whether this driver
-            started Ray (`own`).
+            A context manager. The yielded event has Ray's session folder and whether this
+            driver started Ray (`own`).
 
         Raises:
             RunError: Ray did not start on this machine.
@@ -63,12 +64,10 @@ class TrainingDriver(Driver):
                     logging.ERROR
                 )  # their warnings address authors of trainables
             self._install_signal_handlers()  # ray.init has replaced the SIGTERM handler
-            session = {
-                "session_dir": str(context.address_info.get("session_dir", "")),
-                "own": not address,
-            }
+            session_dir = str(context.address_info.get("session_dir", ""))
+            session = RayEvent(session_dir=session_dir, own=not address)
             node = {"attempt": attempt, "node_id": ray.get_runtime_context().get_node_id()}
-            files.write_json(self.run.path / "logs" / "ray.json", session | node)
+            files.write_json(self.run.path / "logs" / "ray.json", session.to_dict() | node)
             # An autoscaler adds machines when trials wait for them, so the machines of this moment
             # are no limit.
             if address and not os.environ.get("LF_AUTOSCALES"):
@@ -119,7 +118,7 @@ class TrainingDriver(Driver):
         self.placement, notice = fit_placement(self.placement, nodes)
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
         if notice:
-            self.run.add_event("placement", slots=self.placement.slots, sentence=notice)
+            self.run.add_event(PlacementEvent(slots=self.placement.slots, sentence=notice))
 
 
 _RAY_ENVIRONMENT = {

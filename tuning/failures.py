@@ -1,7 +1,7 @@
 """Classify what ended a trial, and whether its process can still be used.
 
-A failure is a dict with `failure_class` and `sentence`; the class selects the retry
-limit in `retries`. There are two ways: an exception in a living process
+A failure is a `FailureRecord`; its class selects the retry limit in the job's `retries`.
+There are two ways: an exception in a living process
 (`classify_exception`), and a process that died, of which only Ray's output and the
 trial's files are left (`classify_crash`).
 """
@@ -13,12 +13,12 @@ import json
 import re
 import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import DataError, TrainingFailure, UserError
+from lorafleet.jobs.runs.records import FailureRecord
 from lorafleet.jobs.runs.run import Trial
 
 _FAILURE_MARKER = "lorafleet-failure:"
@@ -49,7 +49,19 @@ _LOST_WORKER_ERRORS = (
 )
 """Messages of Ray about lost processes and machines."""
 _PREEMPTION_ERRORS = ("preempted=True", "was preempted", "PreemptionError")
-_CAUSE_ORDER = ("oom", "hang", "nan", "preempted", "data", "config", "code", "worker_lost")
+DISK_FULL = "disk_full"
+"""Class of a failure that ends the run, not the trial: the disk is full."""
+_CAUSE_ORDER = (
+    DISK_FULL,
+    "oom",
+    "hang",
+    "nan",
+    "preempted",
+    "data",
+    "config",
+    "code",
+    "worker_lost",
+)
 """Failure classes from cause to consequence.
 
 If processes of one group ended for different reasons, the first of these is the cause.
@@ -62,48 +74,53 @@ class WorkerUnusable(RuntimeError):
     Ray quotes and truncates messages, so the failure is encoded in base64 next to the text.
     """
 
-    def __init__(self, failure: dict[str, Any]) -> None:
+    def __init__(self, failure: FailureRecord) -> None:
         self.failure = failure
         # Base64 has no quotes, spaces or line breaks that Ray could change.
-        encoded = base64.b64encode(json.dumps(files.replace_non_finite(failure)).encode()).decode()
-        super().__init__(f"{failure.get('sentence') or failure} [{_FAILURE_MARKER}{encoded}]")
+        encoded = base64.b64encode(json.dumps(failure.to_dict()).encode()).decode()
+        super().__init__(f"{failure.sentence} [{_FAILURE_MARKER}{encoded}]")
 
     # Without this, unpickling in the driver would pass the message to __init__ in place of the
     # failure.
-    def __reduce__(self) -> tuple[type[WorkerUnusable], tuple[dict[str, Any]]]:
+    def __reduce__(self) -> tuple[type[WorkerUnusable], tuple[FailureRecord]]:
         return (WorkerUnusable, (self.failure,))
 
 
-def classify_exception(error: BaseException) -> dict[str, Any]:
-    """Return `{"failure_class", "sentence"}` of an exception.
+def classify_exception(error: BaseException) -> FailureRecord:
+    """Return the failure of an exception.
 
     lorafleet's own exceptions are classified by type, others by their message; the rest
-    count as errors in the code. `final` is added if the trial must not be retried.
+    count as errors in the code.
     """
     if isinstance(error, TrainingFailure):
-        failure: dict[str, Any] = {"failure_class": error.failure_class, "sentence": error.sentence}
-        return failure | ({"final": True} if error.final else {})
+        return _make_failure(error.failure_class, error.sentence, final=error.final)
     first_line = (str(error).strip().splitlines() or [""])[0][:300]
     if is_oom(error):
-        return {"failure_class": "oom", "sentence": f"out of memory: {first_line}"}
+        return _make_failure("oom", f"out of memory: {first_line}")
     if any(word in str(error) for word in _PEER_ERRORS):
-        return {
-            "failure_class": "worker_lost",
-            "sentence": f"another process of the trial was lost: {first_line}",
-        }
+        return _make_failure("worker_lost", f"another process of the trial was lost: {first_line}")
     if is_device_error(error):
-        return {
-            "failure_class": "worker_lost",
-            "sentence": f"a GPU or the connection between GPUs failed: {first_line}",
-        }
+        return _make_failure(
+            "worker_lost", f"a GPU or the connection between GPUs failed: {first_line}"
+        )
     if isinstance(error, DataError):
-        return {"failure_class": "data", "sentence": first_line}
+        return _make_failure("data", first_line)
     if isinstance(error, UserError):
-        return {"failure_class": "config", "sentence": first_line}
-    return {
-        "failure_class": "code",
-        "sentence": f"{type(error).__name__}: {first_line} (see traceback.txt of the trial)",
-    }
+        return _make_failure("config", first_line)
+    return _make_failure(
+        "code", f"{type(error).__name__}: {first_line} (see traceback.txt of the trial)"
+    )
+
+
+def _make_failure(failure_class: str, sentence: str, *, final: bool = False) -> FailureRecord:
+    if final:
+        return FailureRecord(failure_class=failure_class, sentence=sentence, final=True)
+    return FailureRecord(failure_class=failure_class, sentence=sentence)
+
+
+def make_disk_full_failure(sentence: str) -> FailureRecord:
+    """Return the failure of a process that could not write, for `WorkerUnusable`."""
+    return _make_failure(DISK_FULL, sentence)
 
 
 def is_oom(error: BaseException) -> bool:
@@ -135,7 +152,7 @@ def save_traceback(run: Path, trial_id: str, error: BaseException) -> None:
     files.write_text(run / "trials" / trial_id / "traceback.txt", text)
 
 
-def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
+def classify_crash(output: str, trial: Trial) -> FailureRecord:
     """Return the failure of a process that ended without a report.
 
     It is derived from Ray's output and the files in the trial's folder, in this order:
@@ -147,10 +164,10 @@ def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
         trial: Stacks of a hang are renamed in its folder, so that they are kept.
 
     Returns:
-        As `classify_exception`, or `{"full_disk": sentence}`.
+        The failure; its class is DISK_FULL if a process reported that it could not write.
     """
     reported = [
-        json.loads(base64.b64decode(text))
+        FailureRecord.model_validate_json(base64.b64decode(text))
         for text in re.findall(re.escape(_FAILURE_MARKER) + r"([A-Za-z0-9+/=]+)", output)
     ]
     stacks = trial.save_stacks()
@@ -159,7 +176,7 @@ def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
     causes = [
         failure
         for failure in reported
-        if not stacks or failure.get("failure_class") not in ("worker_lost", "code")
+        if not stacks or failure.failure_class not in ("worker_lost", "code")
     ]
     if causes:
         return min(causes, key=_rank_cause)
@@ -168,52 +185,44 @@ def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
             "it hung (no progress for retries.hang_minutes); the stacks of its processes are in "
             f"{', '.join(stacks)} of the trial"
         )
-        return {"failure_class": "hang", "sentence": sentence}
+        return _make_failure("hang", sentence)
     # From here on, only Ray's wording is left. Specific causes come before a lost process, which is
     # a consequence of all of them.
     if any(word in output for word in _PREEMPTION_ERRORS):
-        return {"failure_class": "preempted", "sentence": "its node was preempted or removed"}
+        return _make_failure("preempted", "its node was preempted or removed")
     if "WorkerHealthCheckTimeoutError" in output:
-        return {
-            "failure_class": "hang",
-            "sentence": "a process did not answer Ray Train for ten minutes",
-        }
+        return _make_failure("hang", "a process did not answer Ray Train for ten minutes")
     if "WorkerGroupStartupTimeoutError" in output:
         sentence = (
             "the machines needed to continue did not start in time "
             "(RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S)"
         )
-        return {"failure_class": "worker_lost", "sentence": sentence}
+        return _make_failure("worker_lost", sentence)
     if "OutOfMemoryError" in output:
-        return {
-            "failure_class": "oom",
-            "sentence": (
-                "out of memory; use a smaller train.per_device_train_batch_size with more "
-                "accumulation"
-            ),
-        }
+        return _make_failure(
+            "oom",
+            "out of memory; use a smaller train.per_device_train_batch_size with more accumulation",
+        )
     if any(word in output for word in _DEVICE_ERRORS):
-        return {
-            "failure_class": "worker_lost",
-            "sentence": "a GPU or the connection between GPUs failed (see traceback.txt)",
-        }
+        return _make_failure(
+            "worker_lost", "a GPU or the connection between GPUs failed (see traceback.txt)"
+        )
     # A traceback without a lost process is an error in the code, for example in the actor's set-up.
     is_lost = any(word in output for word in _LOST_WORKER_ERRORS)
     if "creation task" in output or ("Traceback" in output and not is_lost):
         last_line = next(
             (line.strip() for line in reversed(output.splitlines()) if line.strip()), ""
         )
-        return {
-            "failure_class": "code",
-            "sentence": f"its process could not start: {last_line[:200]} (see traceback.txt)",
-        }
+        return _make_failure(
+            "code", f"its process could not start: {last_line[:200]} (see traceback.txt)"
+        )
     sentence = "its process died (killed, out of memory, or its node was lost)"
-    return {"failure_class": "worker_lost", "sentence": sentence}
+    return _make_failure("worker_lost", sentence)
 
 
-def _rank_cause(failure: dict[str, Any]) -> int:
+def _rank_cause(failure: FailureRecord) -> int:
     """Return the rank of a failure as the cause of the others; lower is more likely."""
-    return -1 if "full_disk" in failure else _CAUSE_ORDER.index(failure["failure_class"])
+    return _CAUSE_ORDER.index(failure.failure_class)
 
 
 def save_crash_output(trial: Trial, error_file: str | None) -> str:

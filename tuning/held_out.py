@@ -148,7 +148,8 @@ class EvalWorker:
         }
         for split, results in results_by_split.items():
             files.write_jsonl(evaluation.get_predictions_path(split), results.to_records())
-            record[split] = summarize_results(results, evaluation.job, self.data.labels)
+            scores = summarize_results(results, evaluation.job, self.data.labels)
+            record[split] = scores.to_dict()
         # Last, because its existence means that the evaluation is complete.
         files.write_json(folder / evaluation.record, record)
         return True

@@ -14,6 +14,7 @@ import ray
 from lorafleet.cluster.execution.subprocess_measurement import measure_in_subprocess
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.runs.events import WarningEvent
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.tuning.node_check import extract_error_line
 
@@ -97,6 +98,6 @@ def measure_all(comparison: Any, models: list[Any], split: str) -> None:
             except ray.exceptions.RayError as error:
                 failed.add(model.arm)
                 sentence = f"its inference was not measured: {extract_error_line(error)}"
-                comparison.run.add_event("warning", trial_id=model.arm, sentence=sentence)
+                comparison.run.add_event(WarningEvent(trial_id=model.arm, sentence=sentence))
                 continue
             files.append_jsonl(results_file, {"round": number, **measurements})

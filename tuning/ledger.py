@@ -20,6 +20,14 @@ from lorafleet.evaluation.report.recommend_trial import (
     summarize_folds,
 )
 from lorafleet.evaluation.report.search import build_search_rule, load_fold_results, load_trial_rows
+from lorafleet.jobs.runs.events import (
+    BaseLoadedEvent,
+    RetryEvent,
+    RungEvent,
+    TrackingFailedEvent,
+    WarningEvent,
+)
+from lorafleet.jobs.runs.records import FailureRecord, MetricsRow
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
@@ -36,7 +44,7 @@ class Listener(Protocol):
     """
 
     def on_begin(self, trial: Trial) -> None: ...
-    def on_row(self, trial: Trial, row: dict[str, Any]) -> None: ...
+    def on_row(self, trial: Trial, row: MetricsRow) -> None: ...
     def on_end(self, trial: Trial) -> None: ...
 
 
@@ -78,12 +86,12 @@ class Ledger:
             and self.job.search.scheduler.type == "asha"
         )
 
-    def _record_score(self, trial_id: str, row: dict[str, Any]) -> None:
+    def _record_score(self, trial_id: str, row: MetricsRow) -> None:
         """Store a row's step and, if it is at a rung, its score."""
-        self.last_step[trial_id] = max(self.last_step.get(trial_id, -1), int(row["step"]))
-        if row.get("rung") is not None:
-            rung_score = rungs.make_rung_score(row.get(self.metric), row.get("loss"), self.goal)
-            self.places.setdefault(row["rung"], {})[trial_id] = rung_score
+        self.last_step[trial_id] = max(self.last_step.get(trial_id, -1), row.step)
+        if row.rung is not None:
+            rung_score = rungs.make_rung_score(row.get_metric(self.metric), row.loss, self.goal)
+            self.places.setdefault(row.rung, {})[trial_id] = rung_score
 
     def start_trial(self, trial: Trial) -> None:
         """Record that a trial has an actor and trains."""
@@ -106,32 +114,32 @@ class Ledger:
         if base_loads > self.actors.get(name, 0):
             self.actors[name] = base_loads
             self.run.add_event(
-                "base_loaded", actor=name, count=base_loads, seconds=round(seconds, 3)
+                BaseLoadedEvent(actor=name, count=base_loads, seconds=round(seconds, 3))
             )
 
     def warn(self, trial: Trial, sentence: str) -> None:
         """Record a trial's warning, which the log and the report show."""
-        self.run.add_event("warning", trial_id=trial.id, sentence=sentence)
+        self.run.add_event(WarningEvent(trial_id=trial.id, sentence=sentence))
 
-    def report(self, trial: Trial, row: dict[str, Any]) -> bool:
+    def report(self, trial: Trial, row: MetricsRow) -> bool:
         """Record the result of a trial and return whether the trial is promoted.
 
         A row that an earlier attempt recorded is not recorded again: a resumed trial repeats
         its last report, because it cannot know whether the driver received it.
 
         Args:
-            row: A row for metrics.jsonl, with `step` and, at a rung, `rung`.
+            row: A line for metrics.jsonl.
 
         Returns:
             True if the trial continues. Always True between rungs.
         """
-        if int(row["step"]) > self.last_step.get(trial.id, -1):
+        if row.step > self.last_step.get(trial.id, -1):
             trial.add_row(row)
             self._record_score(trial.id, row)
             self._notify(lambda listener: listener.on_row(trial, row))
-        if row.get("rung") is None:
+        if row.rung is None:
             return True
-        return self.decide(trial, int(row["rung"]))
+        return self.decide(trial, row.rung)
 
     def decide(self, trial: Trial, rung: int) -> bool:
         """Return whether a trial is promoted past a rung that it has a score for.
@@ -151,25 +159,26 @@ class Ledger:
         # answer.
         decisions = [
             event
-            for event in self.run.read_events("rung")
-            if event["trial_id"] == trial.id and event["rung"] == rung
+            for event in self.run.read_events(RungEvent)
+            if event.trial_id == trial.id and event.rung == rung
         ]
         if decisions:
-            return bool(decisions[-1]["goes_on"])
+            return decisions[-1].goes_on
         rung_scores = list(self.places[rung].values())
         rung_score, eta = self.places[rung][trial.id], self.job.search.scheduler.reduction_factor
         promoted = rungs.is_promoted(rung_score, rung_scores, eta)
         cutoff = rungs.compute_rung_cutoff(rung_scores, eta)
         self.run.add_event(
-            "rung",
-            trial_id=trial.id,
-            rung=rung,
-            score=_to_score(rung_score[0], self.goal),
-            loss=_to_score(rung_score[1], "minimize"),
-            scores=len(rung_scores),
-            cutoff=_to_score(cutoff[0], self.goal),
-            cutoff_loss=_to_score(cutoff[1], "minimize"),
-            goes_on=promoted,
+            RungEvent(
+                trial_id=trial.id,
+                rung=rung,
+                score=_to_score(rung_score[0], self.goal),
+                loss=_to_score(rung_score[1], "minimize"),
+                scores=len(rung_scores),
+                cutoff=_to_score(cutoff[0], self.goal),
+                cutoff_loss=_to_score(cutoff[1], "minimize"),
+                goes_on=promoted,
+            )
         )
         return promoted
 
@@ -178,26 +187,23 @@ class Ledger:
         levels: list[int] = trial.read_params().rung_levels
         return levels
 
-    def record_failure(self, trial: Trial, failure: dict[str, Any]) -> None:
+    def record_failure(self, trial: Trial, failure: FailureRecord) -> None:
         """Record the failure of a trial.
 
         The trial is queued to restart from its checkpoint, or marked as failed if it has no
         retries left. Retries are counted by class in its status, so the count survives a
         restart of the driver.
-
-        Args:
-            failure: `failure_class`, `sentence`, and optionally `final`.
         """
         status = trial.read_status()
         counts: dict[str, int] = status.retries
-        kind = failure["failure_class"]
+        kind = failure.failure_class
         number = get_retry_number(failure, counts, self.job.retries)
         if number is None:
-            recorded = {name: failure[name] for name in ("failure_class", "sentence")}
-            self.end_trial(trial, TrialState.FAILED, failure=recorded, reason=failure["sentence"])
+            recorded = {"failure_class": kind, "sentence": failure.sentence}
+            self.end_trial(trial, TrialState.FAILED, failure=recorded, reason=failure.sentence)
             return
-        self.run.add_event("retry", trial_id=trial.id, failure=failure, number=number)
-        reason = f"restarted after: {failure['sentence']}"
+        self.run.add_event(RetryEvent(trial_id=trial.id, failure=failure, number=number))
+        reason = f"restarted after: {failure.sentence}"
         trial.set_state(TrialState.PENDING, retries=counts | {kind: number}, reason=reason)
 
     def end_trial(self, trial: Trial, state: TrialState, **facts: Any) -> None:
@@ -227,14 +233,14 @@ class Ledger:
             except Exception as error:  # noqa: BLE001
                 self.listeners.remove(listener)
                 self.run.add_event(
-                    "tracking_failed", error=f"{type(error).__name__}: {error}"[:500]
+                    TrackingFailedEvent(error=f"{type(error).__name__}: {error}"[:500])
                 )
 
     def find_best_score(self, trial: Trial) -> float | None:
         """Return the best validation score of a trial: that of its adapter on disk."""
         best: float | None = None
         for row in trial.read_evaluations():
-            score = row.get(self.metric)
+            score = row.get_metric(self.metric)
             if score is not None and is_better(score, best, self.goal):
                 best = score
         return best
@@ -336,8 +342,8 @@ class Ledger:
         for trial in self.run.list_trials():
             if trial.state.has_ended:
                 continue
-            rung_rows = [row for row in trial.read_metrics() if row.get("rung") is not None]
-            if rung_rows and not self.decide(trial, int(rung_rows[-1]["rung"])):
+            reached = [row.rung for row in trial.read_metrics() if row.rung is not None]
+            if reached and not self.decide(trial, reached[-1]):
                 self.end_trial(trial, TrialState.STOPPED, reason=self.describe_stop(trial))
             else:
                 trial.set_state(TrialState.PENDING)

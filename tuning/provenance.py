@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafleet.jobs.data.custom_metric_files import compute_metric_digest
 from lorafleet.jobs.data.hub import resolve_model_revision
+from lorafleet.jobs.runs.records import RunMetadata
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import METRIC_VERSION
 from lorafleet.jobs.trials.trial_id import (
@@ -54,7 +55,7 @@ def count_classes(data: TokenData) -> dict[str, dict[str, int]]:
     }
 
 
-def build_metadata(job: JobSpec, facts: Provenance, data: TokenData) -> dict[str, Any]:
+def build_metadata(job: JobSpec, facts: Provenance, data: TokenData) -> RunMetadata:
     """Return the contents of facts.json.
 
     These are what two runs must have in common to be compared, and further information for
@@ -67,23 +68,23 @@ def build_metadata(job: JobSpec, facts: Provenance, data: TokenData) -> dict[str
     from lorafleet.evaluation.tokens import count_tokens
 
     counts_by_split = count_tokens(data)
-    return {
-        "data_sha256": facts.data_sha256,
-        "model_revisions": facts.model_revisions,
-        "encoders": {name: resolve_model_revision(name, None) for name in list_metric_models(job)},
-        "rows": {name: counts["rows"] for name, counts in counts_by_split.items()},
-        "tokens": {name: counts["tokens"] for name, counts in counts_by_split.items()},
-        "labels": list(data.labels),
-        "class_counts": count_classes(data),
-        "warnings": list(data.warnings),
-        "chosen_on_test": data.chosen_on_test,
-        "rows_sha256": data.rows_sha256,
-        "prompt_format": get_prompt_format(job),
-        "conversation": _collect_conversation_terms(job, data),
-        "metric_version": METRIC_VERSION,
-        "custom_metrics": {
+    return RunMetadata(
+        data_sha256=facts.data_sha256,
+        model_revisions=facts.model_revisions,
+        encoders={name: resolve_model_revision(name, None) for name in list_metric_models(job)},
+        rows={name: counts["rows"] for name, counts in counts_by_split.items()},
+        tokens={name: counts["tokens"] for name, counts in counts_by_split.items()},
+        labels=list(data.labels),
+        class_counts=count_classes(data),
+        warnings=list(data.warnings),
+        chosen_on_test=data.chosen_on_test,
+        rows_sha256=data.rows_sha256,
+        prompt_format=get_prompt_format(job),
+        conversation=_collect_conversation_terms(job, data),
+        metric_version=METRIC_VERSION,
+        custom_metrics={
             name: compute_metric_digest(metric)
             for name, metric in job.evaluate.custom_metrics.items()
         },
-        "versions": {name: version(name) for name in _PACKAGES},
-    }
+        versions={name: version(name) for name in _PACKAGES},
+    )

@@ -5,7 +5,6 @@ The ledger records each result and decides; the scheduler passes the decision to
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +13,9 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from lorafleet.jobs.runs.run import Trial, TrialState
-from lorafleet.tuning.failures import classify_crash, save_crash_output
+from lorafleet.tuning.failures import DISK_FULL, classify_crash, save_crash_output
 from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.trial_report import TrialReport
 
 _STOP_FILE_SECONDS = 1.5
 
@@ -51,44 +51,42 @@ class RungScheduler(FIFOScheduler):
     ) -> str:
         """Record the result, then return CONTINUE or STOP."""
         run_trial = self._get_run_trial(trial)
-        if run_trial.state.has_ended or "report" not in result:
+        report = TrialReport.from_result(result)
+        if run_trial.state.has_ended or report is None:
             return TrialScheduler.STOP
-        report = json.loads(result["report"])
-        if "full_disk" in report:
-            self.full_disk(report["full_disk"])
+        if report.disk_full is not None:
+            self.full_disk(report.disk_full)
             return TrialScheduler.STOP
         continues = self._record_report(run_trial, report)
-        if self.ends_itself and (
-            report.get("done") or report.get("stopping") or report.get("failure")
-        ):
+        if self.ends_itself and report.ends_trial:
             # A group that ends by itself frees its workers; a group that Tune kills may not.
             continues = True
         return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP
 
-    def _record_report(self, trial: Trial, report: dict[str, Any]) -> bool:
+    def _record_report(self, trial: Trial, report: TrialReport) -> bool:
         """Record a report, end the trial if necessary, and return whether it continues.
 
         A failure comes first, because such a report has no row. A trial that was stopped at a
         rung is ended even if the run is asked to stop: the decision is final.
         """
         ledger = self.ledger
-        if "actor" in report:
-            ledger.record_base_load(**report["actor"])
-        if report.get("warning"):
-            ledger.warn(trial, report["warning"])
-        failure = report.get("failure")
-        if failure:
-            ledger.record_failure(trial, failure)
+        worker = report.worker
+        if worker is not None:
+            ledger.record_base_load(worker.name, worker.base_loads, worker.seconds)
+        if report.warning:
+            ledger.warn(trial, report.warning)
+        if report.failure is not None:
+            ledger.record_failure(trial, report.failure)
             return False
         if trial.state is not TrialState.RUNNING:
             ledger.start_trial(trial)
-        promoted = ledger.report(trial, report["row"]) if report.get("row") else True
-        if report.get("stopping") and promoted and not report.get("done"):
+        promoted = ledger.report(trial, report.row) if report.row is not None else True
+        if report.stopping and promoted and not report.done:
             trial.set_state(TrialState.PENDING, reason="interrupted")
             return False
         # After the row is recorded: what the trial has reached counts, whatever the budget says.
         spent_budget = self.out_of_budget()
-        if report.get("done"):
+        if report.done:
             # `done` comes before the rung's decision: nothing is left to stop.
             ledger.end_trial(trial, TrialState.FINISHED)
         elif not promoted:
@@ -109,12 +107,11 @@ class RungScheduler(FIFOScheduler):
         if run_trial.state.has_ended or trial.status == TuneTrial.ERROR:
             return  # Tune may call this twice, the second time with the status already changed
         failure = classify_crash(save_crash_output(run_trial, trial.error_file), run_trial)
-        if "full_disk" in failure:
-            self.full_disk(failure["full_disk"])
-        elif failure["failure_class"] == "worker_lost" and self._is_run_ending():
-            run_trial.set_state(
-                TrialState.PENDING, reason="interrupted"
-            )  # the run is ending, so the trial did not fail and no retry is spent
+        if failure.failure_class == DISK_FULL:
+            self.full_disk(failure.sentence)
+        elif failure.failure_class == "worker_lost" and self._is_run_ending():
+            # The run is ending, so the trial did not fail and no retry is spent.
+            run_trial.set_state(TrialState.PENDING, reason="interrupted")
         else:
             self.ledger.record_failure(run_trial, failure)
 

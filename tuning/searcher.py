@@ -125,8 +125,8 @@ def report_outcome(proposals: Proposals, ledger: Ledger, trial: Trial) -> None:
     Used for trials of this attempt and, at its start, for those of earlier ones.
     """
     scores = {
-        int(row["step"]): float(row[ledger.metric])
+        row.step: score
         for row in trial.read_evaluations()
-        if row.get(ledger.metric) is not None
+        if (score := row.get_metric(ledger.metric)) is not None
     }
     proposals.tell(trial.read_params().assignment, scores, trial.state)

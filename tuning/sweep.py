@@ -22,6 +22,7 @@ from lorafleet.evaluation.render.write import write_report
 from lorafleet.evaluation.report.build import build_report
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import DiskFull, ExitCode, PlacementRefused, RunError
+from lorafleet.jobs.runs.events import NoteEvent, RayLeftEvent, SearchEvent, WarningEvent
 from lorafleet.jobs.runs.run import Run, RunState, Trial, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.types import Assignment
@@ -68,12 +69,12 @@ class Sweep(TrainingDriver):
         with ThreadPoolExecutor(1) as pool:
             # It imports torch and tokenises, while Ray mostly waits for its processes to start.
             reading = pool.submit(self._read_data)
-            with self._open_ray(attempt) as ray_facts:
-                self.run.add_event("ray", **ray_facts)
+            with self._open_ray(attempt) as ray_session:
+                self.run.add_event(ray_session)
                 data = reading.result()
                 # A local Ray runs on this machine alone, which has been checked by reading the
                 # data.
-                if not ray_facts["own"]:
+                if not ray_session.own:
                     check_nodes(self.run.path, data.folder, self.job)
                 if not self.stop_file.exists():
                     self._run_search(attempt, data)
@@ -97,27 +98,30 @@ class Sweep(TrainingDriver):
         data = prepare_tokens(self.job)
         self.facts = compute_provenance(self._searched_job)
         self._check_unchanged()
-        record = build_metadata(self.job, self.facts, data) | {
-            "learning_rate": resolve_learning_rate(self.job).value
-        }
-        files.write_json(self.run.path / "facts.json", record)
+        metadata = build_metadata(self.job, self.facts, data)
+        learning_rate = resolve_learning_rate(self.job).value
+        files.write_json(
+            self.run.path / "facts.json",
+            metadata.model_copy(update={"learning_rate": learning_rate}).to_dict(),
+        )
         return data
 
     def _check_unchanged(self) -> None:
         """Raise RunError if data or model differ from those of an earlier attempt."""
         self.run.check_current()
-        recorded = files.read_json(self.run.path / "facts.json")
-        current = {
-            "data_sha256": self.facts.data_sha256,
-            "model_revisions": self.facts.model_revisions,
-        }
-        for name, digests in current.items():
-            if recorded and recorded[name] != digests:
-                subject = "data files" if name == "data_sha256" else "model files"
-                raise RunError(
-                    f"the {subject} of {self.run.id} have changed since it started (facts.json has "
-                    "their digests): restore the old ones, or start a new sweep"
-                )
+        recorded = self.run.read_metadata()
+        if recorded.is_empty:
+            return
+        changed = None
+        if recorded.data_sha256 != self.facts.data_sha256:
+            changed = "data files"
+        elif recorded.model_revisions != self.facts.model_revisions:
+            changed = "model files"
+        if changed is not None:
+            raise RunError(
+                f"the {changed} of {self.run.id} have changed since it started (facts.json has "
+                "their digests): restore the old ones, or start a new sweep"
+            )
 
     def _run_search(self, attempt: int, data: Any) -> None:
         """Run the trials that are left through Ray Tune."""
@@ -141,7 +145,7 @@ class Sweep(TrainingDriver):
             if trial.state.has_ended:
                 report_outcome(proposals, ledger, trial)
         total = self._count_trials(assignments)
-        self.run.add_event("search", trials=total)
+        self.run.add_event(SearchEvent(trials=total))
         # The due decisions of an earlier attempt are made, so no trial may be left.
         searcher = ProposalSearcher(
             ledger,
@@ -214,7 +218,7 @@ class Sweep(TrainingDriver):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        self.run.add_event("ray_left", placement_groups=len(leaked))
+        self.run.add_event(RayLeftEvent(placement_groups=len(leaked)))
 
     @property
     def _searched_job(self) -> JobSpec:
@@ -365,13 +369,10 @@ class Sweep(TrainingDriver):
                 # Ray may report a node as lost for a moment: only two checks in a row count.
                 self.too_few = True
                 return
-            self.run.add_event(
-                "note",
-                sentence=(
-                    f"nodes were lost: {error}; the trials are saved, to continue in a new "
-                    "allocation"
-                ),
+            sentence = (
+                f"nodes were lost: {error}; the trials are saved, to continue in a new allocation"
             )
+            self.run.add_event(NoteEvent(sentence=sentence))
             # The same path as a warning from the queue: trials save, and the exit code asks for a
             # requeue.
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -405,7 +406,8 @@ class Sweep(TrainingDriver):
         gpus = self.placement.workers * self.placement.gpus_per_worker
         # The times in a row are sums over the trial's life, over all attempts.
         last_rows = [rows[-1] for trial in self.run.list_trials() if (rows := trial.read_metrics())]
-        spent = gpus * sum(row["train_seconds"] + row["eval_seconds"] for row in last_rows) / 3600
+        seconds = sum((row.train_seconds or 0.0) + (row.eval_seconds or 0.0) for row in last_rows)
+        spent = gpus * seconds / 3600
         self.counted = (now, spent)
         return spent
 
@@ -461,9 +463,8 @@ class Sweep(TrainingDriver):
             evaluations.append(build_trial_evaluation(trial, job, tokens, splits))
         failed = evaluate_all(work, evaluations, self.placement.slots)
         for name, reason in failed.items():
-            self.run.add_event(
-                "warning", trial_id=name, sentence=f"not evaluated on the held-out rows: {reason}"
-            )
+            sentence = f"not evaluated on the held-out rows: {reason}"
+            self.run.add_event(WarningEvent(trial_id=name, sentence=sentence))
 
     def _finish(self) -> ExitCode:
         """Record the final state, write the report, and return the exit code."""

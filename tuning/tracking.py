@@ -24,7 +24,8 @@ from lorafleet.evaluation.render.wandb import (
 from lorafleet.evaluation.report.search import find_best_evaluation
 from lorafleet.jobs import files
 from lorafleet.jobs.data.hub import resolve_public_base
-from lorafleet.jobs.runs.records import TrialParams
+from lorafleet.jobs.runs.events import NoteEvent
+from lorafleet.jobs.runs.records import MetricsRow, TrialParams
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 
@@ -59,9 +60,10 @@ def open_trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
         return
     if mode == "offline" and get_requested_mode(job) == "online":
         run.add_event(
-            "note",
-            sentence="tracking.mode is online, but you are not logged in to W&B, so the run is "
-            "tracked offline: log in with `wandb login`, then upload it with `lorafleet sync`",
+            NoteEvent(
+                sentence="tracking.mode is online, but you are not logged in to W&B, so the run is "
+                "tracked offline: log in with `wandb login`, then upload it with `lorafleet sync`"
+            )
         )
     mirror = WandbMirror(run, job, mode)
     with ignore_tracking_errors(run):
@@ -121,25 +123,25 @@ class WandbMirror:
         # Online, W&B has the rows of earlier attempts. Offline, the new folder starts empty.
         next_step = int(wandb_run.step) if self.mode == "online" else 0
         for row in trial.read_metrics():
-            if int(row["step"]) >= next_step:
+            if row.step >= next_step:
                 self._log_row(wandb_run, row)
 
-    def on_row(self, trial: Trial, row: dict[str, Any]) -> None:
+    def on_row(self, trial: Trial, row: MetricsRow) -> None:
         """Log one report."""
         wandb_run = self.open.get(trial.id)
         if wandb_run is not None:
             self._log_row(wandb_run, row)
 
-    def _log_row(self, wandb_run: Any, row: dict[str, Any]) -> None:
+    def _log_row(self, wandb_run: Any, row: MetricsRow) -> None:
         """Log a row's values under W&B names."""
         logged = {
             key: value
-            for key, value in files.replace_non_finite(row).items()
+            for key, value in files.replace_non_finite(row.to_dict()).items()
             if key not in _NOT_LOGGED and value is not None
         }
-        names = self.job.metric_names if row.get("evaluated") else ()
+        names = self.job.metric_names if row.evaluated else ()
         metrics = {_to_wandb_name(key, names): value for key, value in logged.items()}
-        wandb_run.log(metrics, step=int(row["step"]))
+        wandb_run.log(metrics, step=row.step)
 
     def on_end(self, trial: Trial) -> None:
         """Write a trial's summary and close its W&B run.
@@ -154,8 +156,9 @@ class WandbMirror:
         wandb_run.summary["rung"] = status.rung
         wandb_run.summary["reason"] = status.reason
         best = find_best_evaluation(trial.read_metrics(), self.job)
-        if best:
-            wandb_run.summary[f"best/{self.job.metric.name}"] = best[self.job.metric.name]
+        if best is not None:
+            name = self.job.metric.name
+            wandb_run.summary[f"best/{name}"] = best.get_metric(name)
         for name, value in _describe_weights(self.job, params, best).items():
             wandb_run.summary[name] = value
         # An older attempt that wakes up must not close a run that a newer one writes.
@@ -170,17 +173,20 @@ class WandbMirror:
         self.open.clear()
 
 
-def _describe_weights(job: JobSpec, params: TrialParams, best: dict[str, Any]) -> dict[str, Any]:
+def _describe_weights(job: JobSpec, params: TrialParams, best: MetricsRow | None) -> dict[str, Any]:
     """Return the summary fields of the saved weights, which are those of the best evaluation."""
     model = params.resolved.get("model", {})
     name = model.get("model_name_or_path", job.model.model_name_or_path)
-    fields = {
+    fields: dict[str, Any] = {
         "base_model": resolve_public_base(name, model.get("revision"))[0],
-        "weights/step": best.get("step"),
-        "weights/samples": best.get("samples"),
-        "weights/number_formats": best.get("number_formats"),
-        "weights/trainable_parameters": best.get("trainable_parameters"),
     }
+    if best is not None:
+        fields |= {
+            "weights/step": best.step,
+            "weights/samples": best.samples,
+            "weights/number_formats": best.number_formats,
+            "weights/trainable_parameters": best.trainable_parameters,
+        }
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -28,7 +28,8 @@ from lorafleet.tuning.failures import (
     is_oom,
     save_traceback,
 )
-from lorafleet.tuning.trial_run import TrialRun, Work, pack_report
+from lorafleet.tuning.trial_report import TrialReport, WorkerInfo
+from lorafleet.tuning.trial_run import TrialRun, Work
 
 _SLACK_GIB = 0.25
 """GiB that may still be in use after a trial ran out of memory, beyond the usage before it.
@@ -108,37 +109,36 @@ class WarmTrial(tune.Trainable):
         return self.base
 
     def step(self) -> dict[str, Any]:
-        """Return one report, packed for Tune (see `pack_report`).
+        """Return one report, packed for Tune (see `TrialReport.to_result`).
 
         Raises:
             WorkerUnusable: The process must not take another trial; the error carries the
                 trial's failure.
         """
         report = self._run_step()  # the first step of a trial may load another base
-        loads = {
-            "name": f"{os.uname().nodename}:{os.getpid()}",
-            "base_loads": self.base_loads,
-            "seconds": getattr(self, "setup_seconds", 0.0),
-        }
-        return pack_report(report | {"actor": loads})
+        worker = WorkerInfo(
+            name=f"{os.uname().nodename}:{os.getpid()}",
+            base_loads=self.base_loads,
+            seconds=getattr(self, "setup_seconds", 0.0),
+        )
+        return report.model_copy(update={"worker": worker}).to_result()
 
-    def _run_step(self) -> dict[str, Any]:
-        """Return a report with a `row` for metrics.jsonl and `done`, or with a `failure`."""
+    def _run_step(self) -> TrialReport:
+        """Train to the next report, and return it."""
         if self.unbegun:
-            return {"row": None, "done": False, "stopping": True}
+            return TrialReport(stopping=True)
         try:
             current = self.current or self._open_trial()
             report = current.advance()
         # The boundary of a trial: any error becomes its result, and the sweep continues.
         except Exception as error:  # noqa: BLE001
             return self._report_failure(error)
-        if current.leaving:
-            raise WorkerUnusable(
-                report["failure"]
-            )  # the next trial must not start on this node either
+        if current.leaving and report.failure is not None:
+            # The next trial must not start on this node either.
+            raise WorkerUnusable(report.failure)
         return report
 
-    def _report_failure(self, error: BaseException) -> dict[str, Any]:
+    def _report_failure(self, error: BaseException) -> TrialReport:
         """Return an error as a report.
 
         Raises WorkerUnusable if this process must not take another trial.
@@ -146,13 +146,13 @@ class WarmTrial(tune.Trainable):
         disk_full_error = make_disk_full_error(error, Path(self.work.run))
         if disk_full_error:
             self._release_trial(error)
-            return {"full_disk": str(disk_full_error)}
+            return TrialReport(disk_full=str(disk_full_error))
         save_traceback(Path(self.work.run), self.current_id, error)
         failure = classify_exception(error)
         error.__traceback__ = None  # its frames hold the tensors that did not fit
         if is_device_error(error) or not self._release_trial(error):
             raise WorkerUnusable(failure) from error
-        return {"failure": failure}
+        return TrialReport(failure=failure)
 
     def _release_trial(self, error: BaseException) -> bool:
         """End the trial, and return whether the process can take another one.

@@ -8,7 +8,6 @@ read by the first process and broadcast.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from lorafleet.evaluation.metrics.predictions import serialize
 from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import TrainingFailure
+from lorafleet.jobs.runs.records import FailureRecord, MetricsRow
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
@@ -34,6 +34,7 @@ from lorafleet.training.model import Base
 from lorafleet.training.session import TrainingSession
 from lorafleet.training.strategies import Ranks
 from lorafleet.training.watchdog import Watchdog
+from lorafleet.tuning.trial_report import TrialReport
 
 _HEARTBEAT_SECONDS = 1.5
 """Seconds between two checks of the stop file, and between two heartbeats."""
@@ -41,10 +42,9 @@ _MAX_STEPS = 100
 """Maximum number of steps of a group between two heartbeats."""
 _NOTICE_SECONDS = 5.0
 """Seconds between two checks whether this node will be preempted."""
-_NODE_LEAVES = {
-    "failure_class": "preempted",
-    "sentence": "its node is being preempted; the trial was saved first",
-}
+_NODE_LEAVES = FailureRecord(
+    failure_class="preempted", sentence="its node is being preempted; the trial was saved first"
+)
 _REPORT_SECONDS = 15.0
 """Maximum seconds without a result. At least this often, Tune can stop a trial."""
 
@@ -75,12 +75,9 @@ class Work:
         return (Path(self.run) / "stop").exists()
 
 
-def pack_report(report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report as a Tune result: a single JSON text.
-
-    Tune flattens results for schedulers and interprets the key `done` itself.
-    """
-    return {"report": json.dumps(files.replace_non_finite(report))}
+def _to_row(values: dict[str, Any]) -> MetricsRow:
+    """Return the values of a report as a line of metrics.jsonl, NaN and infinity as None."""
+    return MetricsRow.model_validate(files.replace_non_finite(values))
 
 
 class _EvaluationAborted(Exception):
@@ -219,14 +216,10 @@ class TrialRun:
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
-    def advance(self) -> dict[str, Any]:
+    def advance(self) -> TrialReport:
         """Train to the next evaluation or for some seconds, save, and return the report.
 
         In a group, every process must call it and gets a report.
-
-        Returns:
-            A dict with `row` (for metrics.jsonl, or None), `done`, and optionally `stopping`,
-            `failure` and `warning`.
 
         Raises:
             TrainingFailure: The loss became NaN or infinite, or a single row does not fit into
@@ -236,11 +229,11 @@ class TrialRun:
         try:
             report = self._advance_session()
             warning = "; ".join(filter(None, (warning, self._describe_early_stop(report)))) or None
-            return report | ({"warning": warning} if warning else {})
+            return report.model_copy(update={"warning": warning}) if warning else report
         finally:
             self.watchdog.pause()
 
-    def _advance_session(self) -> dict[str, Any]:
+    def _advance_session(self) -> TrialReport:
         """Train to the next evaluation or for some seconds, save, and return the report.
 
         The report has no warning yet.
@@ -249,20 +242,19 @@ class TrialRun:
         assert session is not None
         self.watchdog.reset()
         if self.unrecorded is not None and not self.due:
-            row, self.unrecorded = self.unrecorded, None
-            return {"row": row, "done": self._is_done(session)}
+            unrecorded, self.unrecorded = self.unrecorded, None
+            return TrialReport(row=_to_row(unrecorded), done=self._is_done(session))
         if self._is_pruned():
-            return {"row": None, "done": True}
+            return TrialReport(done=True)
         if self.due:  # the checkpoint was written just before an evaluation, which comes first now
             target, row = session.step, self.unrecorded or {}
             self.unrecorded, self.due = None, False
         else:
             target = self.plan.find_next_evaluation(session.step)
             row = self._train(session, target)
-        if (
-            self._is_pruned()
-        ):  # check before writing: the adapter on disk must stay the one that was evaluated
-            return {"row": None, "done": True}
+        # Checked before writing: the adapter on disk must stay the one that was evaluated.
+        if self._is_pruned():
+            return TrialReport(done=True)
         if session.step >= target and not self.stopping and not self.leaving:
             # A stop must not wait for a long evaluation. It is repeated after the resume (`due`).
             with contextlib.suppress(_EvaluationAborted):
@@ -274,8 +266,8 @@ class TrialRun:
                 self.trial.checkpoint,
                 self._build_state() | {"row": row if due else None, "due": due},
             )
-            failure_entry = {"failure": _NODE_LEAVES} if self.leaving else {}
-            return {"row": None, "done": False, "stopping": self.stopping} | failure_entry
+            failure = _NODE_LEAVES if self.leaving else None
+            return TrialReport(stopping=self.stopping, failure=failure)
         # Saved before the report is sent: a result that the driver knows must not be lost by a
         # kill.
         if (
@@ -286,16 +278,17 @@ class TrialRun:
             self.trial.check_current()
             session.save(self.trial.checkpoint, self._build_state() | {"row": row})
             self.saved_at = time.monotonic()
-        process_info: dict[str, Any] = {"nodes": self.nodes} if self.nodes > 1 else {}
-        process_info |= {
+        row |= {
             "host": f"{os.uname().nodename}:{os.getpid()}",
             "first_gradient_at": session.first_gradient_at,
         }
-        return {
-            "row": row | process_info,
-            "done": self._is_done(session),
-            "stopping": self.stopping,
-        }
+        if self.nodes > 1:
+            row["nodes"] = self.nodes
+        return TrialReport(
+            row=_to_row(row),
+            done=self._is_done(session),
+            stopping=self.stopping,
+        )
 
     def _build_state(self) -> dict[str, Any]:
         """Return the state that a checkpoint stores in addition to the session's."""
@@ -306,14 +299,9 @@ class TrialRun:
         patience = self.job.train.early_stopping_patience
         return session.is_done or (patience is not None and self.no_better >= patience)
 
-    def _describe_early_stop(self, report: dict[str, Any]) -> str | None:
+    def _describe_early_stop(self, report: TrialReport) -> str | None:
         """Return a message if the trial ends early for lack of a better evaluation, else None."""
-        if (
-            not report["done"]
-            or report["row"] is None
-            or self.session is None
-            or self.session.is_done
-        ):
+        if not report.done or report.row is None or self.session is None or self.session.is_done:
             return None
         evaluations = format_count(self.no_better, "evaluation")
         return (

@@ -14,6 +14,7 @@ from typing import Any
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs import lease
+from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.text import format_count
 
@@ -84,7 +85,7 @@ def record_restart(run: Run) -> None:
     run_attempts = lease.read_attempts(run.path)
     message = describe_last_end(files.read_jsonl(run.path / "slurm" / "history.jsonl"), allocation)
     if message:
-        run.add_event("note", sentence=message)
+        run.add_event(NoteEvent(sentence=message))
     max_restarts = int(os.environ.get("LF_MAX_RESTARTS") or 0)
     idle = count_idle_restarts(run_attempts)
     if idle > max_restarts:

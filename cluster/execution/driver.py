@@ -24,6 +24,7 @@ from lorafleet.cluster.execution.allocation import (
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import DiskFull, ExitCode, LorafleetError, RunError, make_disk_full_error
 from lorafleet.jobs.runs.bundle import SUBMISSION
+from lorafleet.jobs.runs.events import AttemptEvent
 from lorafleet.jobs.runs.lease import Lease, StaleAttempt
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.schema.job import JobSpec
@@ -129,7 +130,7 @@ class Driver(ABC):
         # A file that is deleted when the disk is full, so that the last state can still be written.
         self.run.create_reserve()
         self.run.mark_running(reason=None)
-        self.run.add_event("attempt", number=attempt)
+        self.run.add_event(AttemptEvent(number=attempt))
         log(f"attempt {attempt} of {self.run.id} on {os.uname().nodename} (process {os.getpid()})")
         with self._catch_signals():
             try:

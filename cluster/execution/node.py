@@ -25,6 +25,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.data.hub import get_converted_folder, get_model_folder
 from lorafleet.jobs.data.local_copy import create_node_copy
 from lorafleet.jobs.errors import PlacementRefused, RunError
+from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.lease import find_newest_attempt, read_attempts
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.runs.stale_folders import remove_orphans
@@ -339,7 +340,7 @@ def mark_failed(run: Run, message: str) -> None:
     if run.state in (RunState.RUNNING, RunState.PENDING, RunState.STOPPED):
         writer.set_state(RunState.FAILED, reason=message)
     else:
-        writer.add_event("note", sentence=message)
+        writer.add_event(NoteEvent(sentence=message))
 
 
 def request_stop(run: Run) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lorafleet.evaluation.metrics.baselines import evaluate_trivial_answers
 from lorafleet.evaluation.metrics.predictions import RowResults, from_records
 from lorafleet.evaluation.metrics.scores import compute_confusion, compute_per_class, compute_scores
 from lorafleet.jobs import files
 from lorafleet.jobs.data.row_formats import Row
+from lorafleet.jobs.runs.records import SplitScores
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.schema.job import JobSpec
 
 
-def summarize_results(results: RowResults, job: JobSpec, labels: Sequence[str]) -> dict[str, Any]:
-    """Return metrics with their intervals, as a JSON record.
+def summarize_results(results: RowResults, job: JobSpec, labels: Sequence[str]) -> SplitScores:
+    """Return metrics with their intervals, for test.json and base.json.
 
     Args:
         results: Per-row results on one split.
@@ -24,24 +24,22 @@ def summarize_results(results: RowResults, job: JobSpec, labels: Sequence[str]) 
         labels: Class names in the order of the model's outputs; empty to number the
             classes.
 
-    Returns:
-        `metrics`, `intervals` and `whole` (metrics with one value for all rows). For a
-            classifier also `per_class` and `confusion`. `read_results` takes the record
-            again.
     """
     result_scores = compute_scores(results, job.metric_names)
-    record: dict[str, Any] = {
-        "metrics": result_scores.metrics,
-        "intervals": result_scores.intervals,
-        "whole": dict(results.whole),
-    }
-    if results.classified:
-        class_names = labels or [str(label) for label in range(results.classified.classes)]
-        record |= {
+    scores = SplitScores(
+        metrics=files.replace_non_finite(result_scores.metrics),
+        intervals=files.replace_non_finite(result_scores.intervals),
+        whole=files.replace_non_finite(dict(results.whole)),
+    )
+    if not results.classified:
+        return scores
+    class_names = labels or [str(label) for label in range(results.classified.classes)]
+    return scores.model_copy(
+        update={
             "per_class": compute_per_class(results.classified, class_names),
             "confusion": compute_confusion(results.classified),
         }
-    return record
+    )
 
 
 def write_baselines(run: Run, job: JobSpec, rows: Mapping[str, Sequence[Row]]) -> None:
@@ -64,12 +62,12 @@ def write_baselines(run: Run, job: JobSpec, rows: Mapping[str, Sequence[Row]]) -
     files.write_json(run.baselines_file, baselines)
 
 
-def read_results(predictions: Path, record: dict[str, Any]) -> RowResults | None:
+def read_results(predictions: Path, scores: SplitScores) -> RowResults | None:
     """Read the results in a predictions file.
 
     Args:
         predictions: The file.
-        record: What `summarize_results` returned for it.
+        scores: What `summarize_results` returned for them.
 
     Returns:
         The results; None if there is no such file.
@@ -77,5 +75,4 @@ def read_results(predictions: Path, record: dict[str, Any]) -> RowResults | None
     rows = files.read_jsonl(predictions)
     if not rows:
         return None
-    classes = len(record.get("confusion", []))
-    return from_records(rows, classes, record.get("whole", {}))
+    return from_records(rows, len(scores.confusion), scores.whole)

@@ -128,8 +128,8 @@ def describe_weights(trial: Trial, row: Row, resolved: dict[str, Any]) -> dict[s
         "dtypes": [_DTYPE_NAMES.get(dtype, dtype) for dtype in read_weight_dtypes(trial.weights)],
     }
     for point in trial.read_metrics():
-        if point.get("step") == row.weights_step and point.get("samples") is not None:
-            metadata["samples"] = point["samples"]
+        if point.step == row.weights_step and point.samples is not None:
+            metadata["samples"] = point.samples
     config = read_config(trial.weights) or {}
     if config.get("peft_type") == "LORA":
         metadata["modules_to_save"] = list(config.get("modules_to_save") or [])

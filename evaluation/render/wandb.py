@@ -22,6 +22,7 @@ from lorafleet.evaluation.render.trial_table import (
     build_ratings_table,
 )
 from lorafleet.jobs import files
+from lorafleet.jobs.runs.events import TrackingFailedEvent
 from lorafleet.jobs.runs.lease import StaleAttempt
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.schema.job import JobSpec
@@ -48,7 +49,7 @@ def ignore_tracking_errors(run: Run) -> Iterator[None]:
         raise
     # Whatever W&B's client may raise: tracking must not end a run.
     except Exception as error:  # noqa: BLE001
-        run.add_event("tracking_failed", error=f"{type(error).__name__}: {error}"[:500])
+        run.add_event(TrackingFailedEvent(error=f"{type(error).__name__}: {error}"[:500]))
 
 
 def track_report(run: Run, job: JobSpec, report: Report, name: str = "report") -> None:

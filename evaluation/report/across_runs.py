@@ -155,17 +155,17 @@ def _load_entry(run: Run) -> _Entry:
     """
     report, job = build_report(run), load_run_job(run)
     split = report.held_out
-    facts = files.read_json(run.path / "facts.json")
+    metadata = run.read_metadata()
     terms = {
-        "rows": facts.get("rows_sha256", {}).get(split),
-        "trained_on": facts.get("rows_sha256", {}).get("train"),
-        "model": get_base_revision(facts.get("model_revisions", {}), job),
-        "prompt_format": facts.get("prompt_format"),
-        "conversation": facts.get("conversation", {}),
-        "metric_version": facts.get("metric_version"),
-        "custom_metrics": facts.get("custom_metrics", {}),
-        "encoders": facts.get("encoders", {}) if job.text_metrics else {},
-        "labels": facts.get("labels", []),
+        "rows": metadata.rows_sha256.get(split),
+        "trained_on": metadata.rows_sha256.get("train"),
+        "model": get_base_revision(metadata.model_revisions, job),
+        "prompt_format": metadata.prompt_format,
+        "conversation": metadata.conversation,
+        "metric_version": metadata.metric_version,
+        "custom_metrics": metadata.custom_metrics,
+        "encoders": metadata.encoders if job.text_metrics else {},
+        "labels": metadata.labels or [],
         "max_length": job.model.max_length,
         "answers": job.evaluate.model_dump(include=_GENERATION_FIELDS) if job.text_metrics else {},
     }
@@ -178,7 +178,7 @@ def _load_entry(run: Run) -> _Entry:
         # An arm may have a base or a maximum length of its own. Those of its job are then the
         # terms.
         arm_job = build_arm_job(job, chosen.arm)
-        terms["model"] = get_base_revision(facts.get("model_revisions", {}), arm_job)
+        terms["model"] = get_base_revision(metadata.model_revisions, arm_job)
         terms["max_length"] = arm_job.model.max_length
         results = list(results_by_arm[chosen.arm].values())
         return _Entry(

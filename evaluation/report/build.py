@@ -11,7 +11,7 @@ from lorafleet.evaluation.report.search import (
 )
 from lorafleet.jobs import files
 from lorafleet.jobs.extras import has_module
-from lorafleet.jobs.runs.records import FACTS, raise_damaged_file, read_record
+from lorafleet.jobs.runs.records import raise_damaged_file
 from lorafleet.jobs.runs.report import Report
 from lorafleet.jobs.runs.run import Run
 
@@ -46,8 +46,7 @@ def build_report(run: Run) -> Report:
         if report is not None:
             return report
     if command == "compare":
-        facts = read_record(run.path / "facts.json", FACTS)
-        class_counts = facts.get("class_counts", {})
+        class_counts = run.read_metadata().class_counts
         report = build_comparison_report(run, load_run_job(run), collect_results(run), class_counts)
     else:
         report = build_search_report(run)

@@ -31,6 +31,7 @@ from lorafleet.evaluation.report.format import format_short_params
 from lorafleet.evaluation.report.samples import select_differing, select_mistakes, select_worst
 from lorafleet.evaluation.report.search import build_search_report
 from lorafleet.jobs import files
+from lorafleet.jobs.runs.records import HeldOutScores, read_typed
 from lorafleet.jobs.runs.report import (
     Arm,
     BatchSpeed,
@@ -242,8 +243,10 @@ def list_pairs(comparisons: Iterable[Comparison]) -> list[Pair]:
 
 def _read_row_results(folder: Path, split: str) -> RowResults | None:
     """Read the per-row results of one model; None if it was not evaluated on the split."""
-    record = files.read_json(folder / "test.json").get(split, {})
-    return read_results(folder / f"predictions-{split}.jsonl", record) if record else None
+    scores = read_typed(folder / "test.json", HeldOutScores)
+    if scores.is_empty:
+        return None
+    return read_results(folder / f"predictions-{split}.jsonl", scores.get_split(split))
 
 
 def _build_arm(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.search import load_run_job
-from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
@@ -89,7 +88,7 @@ def check_prompt_format(run: Run) -> None:
     Raises:
         RunError: The run was trained with another prompt format.
     """
-    trained = files.read_json(run.path / "facts.json").get("prompt_format")
+    trained = run.read_metadata().prompt_format
     job = load_run_job(run)
     if trained is not None and trained != get_prompt_format(job):
         raise RunError(

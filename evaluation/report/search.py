@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -24,8 +26,14 @@ from lorafleet.evaluation.report.recommend_trial import (
 )
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.runs.records import FACTS, DamagedFile, raise_damaged_file, read_record
-from lorafleet.jobs.runs.report import Baseline, Failure, Intervals, Metrics, Report, Row
+from lorafleet.jobs.runs.records import (
+    DamagedFile,
+    MetricsRow,
+    RunMetadata,
+    SplitScores,
+    raise_damaged_file,
+)
+from lorafleet.jobs.runs.report import Baseline, Failure, Intervals, Report, Row
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
@@ -94,8 +102,7 @@ def build_search_report(run: Run) -> Report:
             damaged.
     """
     report = collect_results(run)
-    facts = read_record(run.path / "facts.json", FACTS)
-    return _add_verdict(_add_samples(run, report), facts)
+    return _add_verdict(_add_samples(run, report), run.read_metadata())
 
 
 def collect_results(run: Run) -> Report:
@@ -105,10 +112,10 @@ def collect_results(run: Run) -> Report:
     then.
     """
     job = load_run_job(run)
-    facts = read_record(run.path / "facts.json", FACTS)
+    metadata = run.read_metadata()
     metric = job.metric
     plan = files.read_json(run.path / "plan.json")
-    validation_rows = int(facts.get("rows", {}).get("validation", 0))
+    validation_rows = metadata.rows.get("validation", 0)
     rows = load_trial_rows(run, job, validation_rows) if plan.get("command") != "compare" else []
     labels = {row.trial_id: format_params(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _compute_rank(row, metric.name, metric.goal))
@@ -118,14 +125,6 @@ def collect_results(run: Run) -> Report:
         chosen = recommend_over_folds(ordered, folds, rule, load_fold_results(run, rows))
     else:
         chosen = recommend(ordered, rule, _load_best_results(run, ordered, metric.name))
-    fact_keys = ("data_sha256", "model_revisions", "labels")
-    shown_facts: dict[str, Any] = {str(key): facts[key] for key in fact_keys if key in facts}
-    if facts.get("encoders"):
-        layer = job.evaluate.bertscore_layer
-        layer_text = f"layer {layer}" if layer is not None else "its last layer"
-        shown_facts["bertscore"] = {
-            name: f"{layer_text}, {revision}" for name, revision in facts["encoders"].items()
-        }
     damages = run.list_damages({row.trial_id for row in rows})
     with raise_damaged_file(run.path / "plan.json"):
         return Report(
@@ -138,14 +137,14 @@ def collect_results(run: Run) -> Report:
             metric=metric.name,
             also=[further_metric.name for further_metric in metric.also],
             goal=metric.goal,
-            rows_count=facts.get("rows", {}),
+            rows_count=metadata.rows,
             rungs=plan.get("rung_levels", []),
             time_attr=job.search.scheduler.time_attr
             if job.search and plan.get("command") == "sweep"
             else "step",
-            held_out="validation" if facts.get("chosen_on_test") else "test",
-            base=_load_base_row(run, facts),
-            baselines=_load_baselines(run, facts),
+            held_out=metadata.held_out_split,
+            base=_build_base_row(run, metadata),
+            baselines=_load_baselines(run, metadata),
             trials=ordered,
             folds=folds,
             recommendation=chosen.model_copy(
@@ -153,25 +152,38 @@ def collect_results(run: Run) -> Report:
             ),
             wall_seconds=run.read_status().wall_seconds,
             warnings=[
-                *facts.get("warnings", []),
-                *_list_optimism_warnings(facts),
+                *metadata.warnings,
+                *_list_optimism_warnings(metadata),
                 *run.list_remarks(),
                 *damages,
             ],
-            versions=facts.get("versions", {}),
-            facts=shown_facts,
+            versions=metadata.versions,
+            facts=_select_shown_metadata(metadata, job),
         )
 
 
-def _load_baselines(run: Run, facts: dict[str, Any]) -> list[Baseline]:
+def _select_shown_metadata(metadata: RunMetadata, job: JobSpec) -> dict[str, Any]:
+    """Return the metadata that a report shows, under the keys of report.json."""
+    shown = metadata.model_dump(
+        include={"data_sha256", "model_revisions", "labels"}, exclude_unset=True
+    )
+    if metadata.encoders:
+        layer = job.evaluate.bertscore_layer
+        layer_text = f"layer {layer}" if layer is not None else "its last layer"
+        shown["bertscore"] = {
+            name: f"{layer_text}, {revision}" for name, revision in metadata.encoders.items()
+        }
+    return shown
+
+
+def _load_baselines(run: Run, metadata: RunMetadata) -> list[Baseline]:
     """Return the baselines that need no training.
 
     For classification they are computed from the stored class counts. For generated answers
     the driver stored them in the run, because they need the rows. Empty for classification
     runs of earlier versions.
     """
-    held_out = "validation" if facts.get("chosen_on_test") else "test"
-    counts = facts.get("class_counts") or {}
+    held_out, counts = metadata.held_out_split, metadata.class_counts
     if counts.get("train"):
         from lorafleet.evaluation.metrics.baselines import evaluate_majority_class
 
@@ -199,12 +211,12 @@ def _load_baselines(run: Run, facts: dict[str, Any]) -> list[Baseline]:
         ]
 
 
-def _add_verdict(report: Report, facts: dict[str, Any]) -> Report:
+def _add_verdict(report: Report, metadata: RunMetadata) -> Report:
     """Check the recommendation of a search against the baselines and add cautions.
 
     Args:
         report: The report with its samples.
-        facts: The run's facts.json.
+        metadata: Metadata of the run.
     """
     from lorafleet.evaluation.report import verdict
 
@@ -223,12 +235,12 @@ def _add_verdict(report: Report, facts: dict[str, Any]) -> Report:
         [*report.baselines, base],
         "validation rows",
     )
-    counts = facts.get("class_counts") or {}
+    counts = metadata.class_counts
     if report.task == "classification" and not counts:
         cautions.append(
             "An earlier version made the run and stored no class counts, so there is no baseline."
         )
-    labels = [str(label) for label in facts.get("labels") or []]
+    labels = [str(label) for label in metadata.labels or []]
     cautions += verdict.check_rows(counts, "validation", report.rows_count.get("validation", 0))
     cautions += verdict.check_predictions(report.confusion, labels)
     cautions += verdict.check_convergence(report.recommendation.trial_id, recommended, metric, goal)
@@ -386,12 +398,12 @@ def load_chosen_results(run: Run, report: Report) -> dict[str, RowResults]:
     from lorafleet.evaluation.metrics.summary import read_results
 
     split, chosen = report.held_out, report.recommendation.trial_id
-    base_record = files.read_json(run.path / "report" / "base.json").get(split, {})
-    results_by_model = {"base": read_results(run.get_base_predictions_file(split), base_record)}
+    base_scores = run.read_base_scores().get_split(split)
+    results_by_model = {"base": read_results(run.get_base_predictions_file(split), base_scores)}
     if chosen is not None:
-        trial_record = files.read_json(run.get_trial(chosen).path / "test.json").get(split, {})
+        trial = run.get_trial(chosen)
         results_by_model[chosen] = read_results(
-            run.get_trial(chosen).get_predictions_file(split), trial_record
+            trial.get_predictions_file(split), trial.read_held_out().get_split(split)
         )
     return {name: results for name, results in results_by_model.items() if results is not None}
 
@@ -401,48 +413,41 @@ def _get_weights_path(run: Run, trial_id: str | None) -> str | None:
     return str(run.get_trial(trial_id).weights.relative_to(run.path)) if trial_id else None
 
 
-def _list_optimism_warnings(facts: dict[str, Any]) -> list[str]:
+def _list_optimism_warnings(metadata: RunMetadata) -> list[str]:
     """Return a warning if the trial was chosen on the rows that its metrics are reported on."""
     return (
         ["selected on these rows, so optimistic (there is no test set)"]
-        if facts.get("chosen_on_test")
+        if metadata.chosen_on_test
         else []
     )
 
 
-def _build_base_row(run: Run, facts: dict[str, Any]) -> Row:
-    """Return the row of the untrained base from base.json; pending if it has no results."""
-    measured = files.read_json(run.path / "report" / "base.json")
-    test_split = "validation" if facts.get("chosen_on_test") else "test"
+def _build_base_row(run: Run, metadata: RunMetadata) -> Row:
+    """Return the row of the untrained base from base.json; pending if it has no results.
+
+    Raises DamagedFile if base.json is damaged.
+    """
+    scores = run.read_base_scores()
+    validation, held_out = scores.get_split("validation"), scores.get_split(metadata.held_out_split)
     return Row(
         trial_id="base",
-        state="finished" if measured else "pending",
-        metrics=_get_metrics(measured, "validation"),
-        intervals=_parse_intervals(measured.get("validation", {}).get("intervals")),
-        test_metrics=_get_metrics(measured, test_split) or None,
-        test_intervals=_parse_intervals(measured.get(test_split, {}).get("intervals")),
+        state="pending" if scores.is_empty else "finished",
+        metrics=validation.metrics,
+        intervals=_parse_intervals(validation.intervals),
+        test_metrics=held_out.metrics or None,
+        test_intervals=_parse_intervals(held_out.intervals),
         trainable_parameters=0,
     )
 
 
-def _get_metrics(measured: dict[str, Any], split: str) -> Metrics:
-    metrics: Metrics = measured.get(split, {}).get("metrics", {})
-    return metrics
-
-
-def _parse_intervals(raw: dict[str, Any] | None) -> Intervals:
+def _parse_intervals(raw: Mapping[str, Sequence[float | None] | None] | None) -> Intervals:
     """Return the intervals whose two ends are numbers."""
-    return {
-        name: (float(ends[0]), float(ends[1]))
-        for name, ends in (raw or {}).items()
-        if None not in ends
-    }
-
-
-def _load_base_row(run: Run, facts: dict[str, Any]) -> Row:
-    """Return the row of the base. Raises DamagedFile if base.json is damaged."""
-    with raise_damaged_file(run.path / "report" / "base.json"):
-        return _build_base_row(run, facts)
+    intervals: Intervals = {}
+    for name, ends in (raw or {}).items():
+        low, high = ends or (None, None)
+        if low is not None and high is not None:
+            intervals[name] = (float(low), float(high))
+    return intervals
 
 
 def load_trial_rows(run: Run, job: JobSpec, validation_rows: int = 0) -> list[Row]:
@@ -469,41 +474,47 @@ def _build_row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
     params, status, rows = trial.read_params(), trial.read_status(), trial.read_metrics()
     # Scores are those of the weights on disk, costs those of the whole training.
     best = find_best_evaluation(rows, job)
-    last = rows[-1] if rows else {}
-    test = files.read_json(trial.path / "test.json")
-    split = "test" if "test" in test else "validation"
+    last = rows[-1] if rows else MetricsRow(step=0)
+    held_out = trial.read_held_out()
+    # Without test rows, the held-out scores are those of the validation rows.
+    scores = held_out.test or held_out.validation or SplitScores()
     failure = status.failure
-    seconds = (last.get("train_seconds") or 0.0) + (last.get("eval_seconds") or 0.0)
     fold = params.assignment.get(FOLD)
-    speed = _compute_evaluation_speed(rows, job, validation_rows) if fold is None else {}
+    speed = EvaluationSpeed()
+    if fold is None:
+        speed = _compute_evaluation_speed(rows, job, validation_rows)
+    gpu_hours = None
+    if rows:
+        seconds = (last.train_seconds or 0.0) + (last.eval_seconds or 0.0)
+        gpu_hours = (params.gpus or 0.0) * seconds / 3600
     return Row(
         trial_id=trial.id,
         state=trial.state.value,
         rung=status.rung,
         params=params.assignment,
-        repeats=bool(params.repeats),
+        repeats=params.repeats,
         fold=fold,
-        metrics={name: best[name] for name in job.metric_names if name in best},
-        intervals=_parse_intervals(best.get("intervals")),
-        test_metrics=_get_metrics(test, split) or None,
-        test_intervals=_parse_intervals(test.get(split, {}).get("intervals")),
-        per_class=test.get(split, {}).get("per_class", {}),
-        confusion=test.get(split, {}).get("confusion", []),
-        step=int(last.get("step", 0)),
-        weights_step=best.get("step"),
-        samples=int(last.get("samples", 0)),
-        train_seconds=last.get("train_seconds"),
-        eval_seconds=last.get("eval_seconds"),
-        eval_runtime=speed.get("eval_runtime"),
-        eval_samples_per_second=speed.get("eval_samples_per_second"),
-        eval_steps_per_second=speed.get("eval_steps_per_second"),
-        seconds_per_answer=speed.get("seconds_per_answer"),
-        samples_per_second=last.get("samples_per_second"),
-        tokens_per_second=last.get("tokens_per_second"),
-        peak_memory_gib=last.get("peak_memory_gib"),
-        gpu_hours=(params.gpus or 0.0) * seconds / 3600 if last else None,
-        trainable_parameters=last.get("trainable_parameters"),
-        number_formats=last.get("number_formats"),
+        metrics=best.get_metrics(job.metric_names) if best else {},
+        intervals=_parse_intervals(best.intervals) if best else {},
+        test_metrics=scores.metrics or None,
+        test_intervals=_parse_intervals(scores.intervals),
+        per_class=scores.per_class,
+        confusion=scores.confusion,
+        step=last.step,
+        weights_step=best.step if best else None,
+        samples=last.samples or 0,
+        train_seconds=last.train_seconds,
+        eval_seconds=last.eval_seconds,
+        eval_runtime=speed.runtime,
+        eval_samples_per_second=speed.samples_per_second,
+        eval_steps_per_second=speed.steps_per_second,
+        seconds_per_answer=speed.seconds_per_answer,
+        samples_per_second=last.samples_per_second,
+        tokens_per_second=last.tokens_per_second,
+        peak_memory_gib=last.peak_memory_gib,
+        gpu_hours=gpu_hours,
+        trainable_parameters=last.trainable_parameters,
+        number_formats=last.number_formats,
         failure=Failure(failure_class=failure.failure_class, sentence=failure.sentence)
         if failure
         else None,
@@ -512,38 +523,44 @@ def _build_row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
     )
 
 
+@dataclass(frozen=True)
+class EvaluationSpeed:
+    """Speed of a trial's evaluations; None where it is unknown."""
+
+    runtime: float | None = None
+    """Seconds of one evaluation."""
+    samples_per_second: float | None = None
+    steps_per_second: float | None = None
+    seconds_per_answer: float | None = None
+    """Only if evaluations generate answers."""
+
+
 def _compute_evaluation_speed(
-    rows: list[dict[str, Any]], job: JobSpec, validation_rows: int
-) -> dict[str, float]:
-    """Compute the speed of the evaluations of a trial, under Hugging Face's names.
+    rows: list[MetricsRow], job: JobSpec, validation_rows: int
+) -> EvaluationSpeed:
+    """Compute the speed of the evaluations of a trial.
 
     Args:
         rows: Lines of the trial's metrics.jsonl.
         job: The job.
         validation_rows: Rows of one evaluation; 0 if unknown.
-
-    Returns:
-        `eval_runtime` (seconds of one evaluation), `eval_samples_per_second`,
-            `eval_steps_per_second`, and `seconds_per_answer` if evaluations generate
-            answers. Empty if nothing was evaluated.
     """
-    evaluations = sum(bool(row.get("evaluated")) for row in rows)
-    seconds = rows[-1].get("eval_seconds") if rows else None
+    evaluations = sum(row.evaluated for row in rows)
+    seconds = rows[-1].eval_seconds if rows else None
     if not evaluations or not seconds or not validation_rows:
-        return {}
+        return EvaluationSpeed()
     runtime = seconds / evaluations
     batch_size = job.train.per_device_eval_batch_size * job.resources.world_size
-    speed = {
-        "eval_runtime": runtime,
-        "eval_samples_per_second": validation_rows / runtime,
-        "eval_steps_per_second": math.ceil(validation_rows / batch_size) / runtime,
-    }
-    if any(metric.name in job.text_metrics for metric in job.decision_metrics):
-        speed["seconds_per_answer"] = runtime / validation_rows
-    return speed
+    generates_answers = any(metric.name in job.text_metrics for metric in job.decision_metrics)
+    return EvaluationSpeed(
+        runtime=runtime,
+        samples_per_second=validation_rows / runtime,
+        steps_per_second=math.ceil(validation_rows / batch_size) / runtime,
+        seconds_per_answer=runtime / validation_rows if generates_answers else None,
+    )
 
 
-def find_best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:
+def find_best_evaluation(rows: list[MetricsRow], job: JobSpec) -> MetricsRow | None:
     """Return the evaluation whose adapter is on disk: the best and earliest.
 
     The trial saves weights only when the metric improves, so of equal scores the first one
@@ -554,19 +571,22 @@ def find_best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, 
         job: The job, for its metric.
 
     Returns:
-        The line; empty without an evaluation.
+        The line; None without an evaluation that has a score.
     """
-    best: dict[str, Any] = {}
+    metric = job.metric
+    best, best_score = None, None
     for row in rows:
-        score = row.get(job.metric.name) if row.get("evaluated") else None
-        if score is not None and is_better(score, best.get(job.metric.name), job.metric.goal):
-            best = row
+        score = row.get_metric(metric.name) if row.evaluated else None
+        if score is not None and is_better(score, best_score, metric.goal):
+            best, best_score = row, score
     return best
 
 
-def _build_curve_point(row: dict[str, Any], job: JobSpec) -> dict[str, Any]:
-    keys = ("step", "samples", "train_loss", "learning_rate", "rung", *job.metric_names)
-    return {key: row[key] for key in keys if row.get(key) is not None}
+def _build_curve_point(row: MetricsRow, job: JobSpec) -> dict[str, Any]:
+    """Return the values of a report that the curves of a report page show."""
+    names = ("step", "samples", "train_loss", "learning_rate", "rung", *job.metric_names)
+    values = row.to_dict()
+    return {name: values[name] for name in names if values.get(name) is not None}
 
 
 def _compute_rank(row: Row, metric: str, goal: str) -> tuple[int, float]:

@@ -7,18 +7,15 @@ hold anything. Declared keys must have the declared type, or the file is damaged
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.schema.validation_messages import list_problems
-
-_OPEN = ConfigDict(extra="allow", strict=True)
 
 
 class DamagedFile(RunError):
@@ -45,6 +42,8 @@ class FailureRecord(Record):
     """One of FAILURE_CLASSES."""
     sentence: str = ""
     """Message for people."""
+    final: bool = False
+    """True if the trial must not be restarted, whatever the job's `retries` say."""
 
 
 class RunStatusRecord(Record):
@@ -120,63 +119,140 @@ class Progress(Record):
     tokens_per_second: float | None = None
 
 
-class MetricRow(TypedDict, total=False):
-    """A line of metrics.jsonl. All other keys are metrics, which are numbers."""
+class MetricsRow(Record):
+    """A line of a trial's metrics.jsonl: what a report of the trial told.
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    Metrics of an evaluation have no fields here, because a job can add its own: use
+    `get_metric`. Costs are sums over the trial's life, over all attempts.
+    """
+
     step: int
-    samples: int | None
-    rung: int | None
-    attempt: int | None
-    evaluated: bool
-    time: float
-    loss: float | None
-    train_loss: float | None
-    learning_rate: float | None
-    intervals: dict[str, tuple[float, float] | list[float] | None] | None
-    train_seconds: float | None
-    eval_seconds: float | None
-    tokens: float | None
-    tokens_per_second: float | None
-    samples_per_second: float | None
-    peak_memory_gib: float | None
-    trainable_parameters: int | None
+    """Optimizer steps so far."""
+    samples: int | None = None
+    """Training rows so far."""
+    epoch: float | None = None
+    rung: int | None = None
+    """Index of the rung of this step; None between rungs."""
+    attempt: int | None = None
+    evaluated: bool = False
+    """True if the row holds an evaluation on the validation rows."""
+    time: float | None = None
+    loss: float | None = None
+    """Validation loss; only in rows with an evaluation."""
+    train_loss: float | None = None
+    """Mean loss over the targets since the last report."""
+    learning_rate: float | None = None
+    intervals: dict[str, list[float | None] | None] | None = None
+    """Metric -> the ends of its confidence interval."""
+    train_seconds: float | None = None
+    eval_seconds: float | None = None
+    tokens: int | float | None = None
+    tokens_per_second: float | None = None
+    samples_per_second: float | None = None
+    peak_memory_gib: float | None = None
+    trainable_parameters: int | None = None
+    number_formats: str | None = None
+    """Number formats of weights and computation, as text."""
+    nodes: int | None = None
+    """Machines of the trial's processes, if there are several."""
+    host: str | None = None
+    """Host and process id of the first process."""
+    first_gradient_at: float | None = None
+    """Time of the first backward pass, in seconds since the epoch."""
+
+    def get_metric(self, name: str) -> float | None:
+        """Return a metric of the evaluation; None if the row does not have it.
+
+        Raises TypeError if the value is not a number: the file is damaged.
+        """
+        value = (self.model_extra or {}).get(name, getattr(self, name, None))
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            return value
+        raise TypeError(f"{name} is {value!r}, not a number")
+
+    def get_metrics(self, names: Iterable[str]) -> dict[str, float | None]:
+        """Return the named metrics that the row has, NaN and infinite ones as None."""
+        fields = self.to_dict()
+        return {name: self.get_metric(name) for name in names if name in fields}
 
 
-class Event(TypedDict, total=False):
-    """A line of events.jsonl."""
+class SplitScores(Record):
+    """Scores of a model on one split, in test.json or base.json."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
-    event: str
-    time: float
-    attempt: int | None
-    trial_id: str
-    sentence: str
-    error: str
-    rung: int
-    goes_on: bool
-    number: int
-    failure: dict[str, Any]
-    trials: int | None
+    metrics: dict[str, float | None] = {}
+    intervals: dict[str, list[float | None] | None] = {}
+    """Metric -> the ends of its confidence interval."""
+    whole: dict[str, float | None] = {}
+    """Metrics that have one value for all rows together."""
+    per_class: dict[str, dict[str, Any]] = {}
+    """Class -> its precision, recall, F1 and rows; only for classifiers."""
+    confusion: list[list[int]] = []
+    """Rows by true class and predicted class; only for classifiers."""
 
 
-class Facts(TypedDict, total=False):
+class HeldOutScores(Record):
+    """Contents of test.json and base.json: the held-out evaluation of one model."""
+
+    seconds: float | None = None
+    base_loads: int | None = None
+    """Bases that the worker had loaded so far."""
+    validation: SplitScores | None = None
+    test: SplitScores | None = None
+
+    def get_split(self, name: str) -> SplitScores:
+        """Return the scores of a split; empty if the model was not evaluated on it."""
+        scores = self.test if name == "test" else self.validation
+        return scores or SplitScores()
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether there is no such file, or nothing in it."""
+        return not self.model_fields_set
+
+
+class RunMetadata(Record):
     """Contents of a run's facts.json: metadata on data, models and versions."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
-    rows: dict[str, int]
-    labels: list[Any] | None
-    class_counts: dict[str, dict[str, int]]
-    warnings: list[str]
-    versions: dict[str, str]
-    data_sha256: dict[str, str]
-    model_revisions: dict[str, str]
-    encoders: dict[str, str]
+    rows: dict[str, int] = {}
+    """Split -> rows."""
+    tokens: dict[str, int] = {}
+    """Split -> tokens."""
+    labels: list[Any] | None = None
+    """Class names in the order of the head's outputs."""
+    class_counts: dict[str, dict[str, int]] = {}
+    """Split -> class -> rows."""
+    warnings: list[str] = []
+    chosen_on_test: bool = False
+    """True if there are no test rows: the reported scores are those of the validation rows."""
+    versions: dict[str, str] = {}
+    """Package -> version."""
+    data_sha256: dict[str, str] = {}
+    """Split -> SHA-256 of its data file."""
+    rows_sha256: dict[str, str] = {}
+    """Split -> SHA-256 of its rows, as read."""
+    model_revisions: dict[str, str] = {}
+    """Model -> what identifies its weights and tokenizer."""
+    encoders: dict[str, str] = {}
+    """Encoder of a metric -> its revision."""
+    prompt_format: int | None = None
+    """Version of the rules that make prompts from rows."""
+    conversation: dict[str, Any] = {}
+    """Settings that decide how conversations are rendered."""
+    metric_version: int | None = None
+    custom_metrics: dict[str, str] = {}
+    """Custom metric -> SHA-256 of its code."""
+    learning_rate: float | None = None
+    """Learning rate of the job, or its method's default."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Return whether there is no such file, or nothing in it."""
+        return not self.model_fields_set
 
-FACTS: TypeAdapter[Any] = TypeAdapter(Facts)
-EVENTS: TypeAdapter[Any] = TypeAdapter(list[Event])
-METRIC_ROWS: TypeAdapter[Any] = TypeAdapter(list[MetricRow])
+    @property
+    def held_out_split(self) -> Literal["test", "validation"]:
+        """Return the split that the reported scores are measured on."""
+        return "validation" if self.chosen_on_test else "test"
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -208,30 +284,32 @@ def _make_damage(path: Path, error: ValidationError) -> DamagedFile:
     return DamagedFile(f"{path} is damaged: {first.sentence}")
 
 
-def read_record(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any]:
-    """Read a JSON object of a run; empty if the file does not exist. Raises DamagedFile."""
-    value = _read_object(path)
-    _validate_record(path, kind, value)
-    return value
+def read_rows(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
+    """Read the lines of a JSON Lines file of a run as records.
+
+    Returns:
+        The records, oldest first; none if the file does not exist.
+
+    Raises:
+        DamagedFile: A line's value has another type.
+    """
+    return [parse_line(path, kind, line) for line in read_lines(path)]
 
 
-def read_rows(path: Path, kind: TypeAdapter[Any]) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a JSON Lines file of a run. Raises DamagedFile."""
     try:
-        rows = files.read_jsonl(path)
+        return files.read_jsonl(path)
     except RunError as error:
         raise DamagedFile(str(error)) from None
     except OSError as error:
         raise DamagedFile(f"{path} cannot be read: {error.strerror}") from None
-    _validate_record(path, kind, rows)
-    return rows
 
 
-def _validate_record(
-    path: Path, kind: TypeAdapter[Any], value: dict[str, Any] | Sequence[dict[str, Any]]
-) -> None:
+def parse_line(path: Path, kind: type[AnyRecord], line: dict[str, Any]) -> AnyRecord:
+    """Return a line of a run's file as a record. Raises DamagedFile."""
     try:
-        kind.validate_python(value)
+        return kind.model_validate(line)
     except ValidationError as error:
         raise _make_damage(path, error) from None
     except RecursionError:

@@ -26,12 +26,14 @@ from typing import Any, TypeVar
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError, make_disk_full_error
+from lorafleet.jobs.runs.events import AnyEvent, Event, TrialEvent, describe_event, read_events
 from lorafleet.jobs.runs.lease import check_current, get_process_start
 from lorafleet.jobs.runs.records import (
-    EVENTS,
-    METRIC_ROWS,
     DamagedFile,
+    HeldOutScores,
+    MetricsRow,
     Progress,
+    RunMetadata,
     RunStatusRecord,
     TrialParams,
     TrialStatus,
@@ -117,18 +119,21 @@ def _parse_state(states: type[State], text: str, folder: Path) -> State:
         ) from None
 
 
-def _drop_stale_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows without those of stale attempts.
+Line = TypeVar("Line", MetricsRow, Event)
 
-    A row is stale if a newer attempt had begun to write before it.
+
+def _drop_stale(lines: list[Line]) -> list[Line]:
+    """Return the lines of a file without those of stale attempts.
+
+    A line is stale if a newer attempt had begun to write before it.
     """
-    current_rows, newest = [], 0
-    for row in rows:
-        attempt = int(row.get("attempt") or 0)
+    current_lines, newest = [], 0
+    for line in lines:
+        attempt = line.attempt or 0
         if attempt >= newest:
-            current_rows.append(row)
+            current_lines.append(line)
             newest = attempt
-    return current_rows
+    return current_lines
 
 
 @dataclass(frozen=True)
@@ -237,20 +242,23 @@ class Trial:
             self.read_status().to_dict() | {"state": state} | details | stamps,
         )
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[MetricsRow]:
         """Return all rows of metrics.jsonl, oldest first."""
-        return _drop_stale_rows(read_rows(self.path / "metrics.jsonl", METRIC_ROWS))
+        return _drop_stale(read_rows(self.path / "metrics.jsonl", MetricsRow))
 
-    def add_row(self, row: dict[str, Any]) -> None:
+    def add_row(self, row: MetricsRow) -> None:
         """Append a line to metrics.jsonl."""
         self.check_current()
-        files.append_jsonl(
-            self.path / "metrics.jsonl", {"time": time.time(), **row, **_make_stamp(self.attempt)}
-        )
+        line = {"time": time.time(), **row.to_dict(), **_make_stamp(self.attempt)}
+        files.append_jsonl(self.path / "metrics.jsonl", line)
 
-    def read_evaluations(self) -> list[dict[str, Any]]:
+    def read_evaluations(self) -> list[MetricsRow]:
         """Return the rows of metrics.jsonl that hold an evaluation."""
-        return [row for row in self.read_metrics() if row.get("evaluated")]
+        return [row for row in self.read_metrics() if row.evaluated]
+
+    def read_held_out(self) -> HeldOutScores:
+        """Return the held-out evaluation of the trial's weights; empty before there is one."""
+        return read_typed(self.path / "test.json", HeldOutScores)
 
     def read_progress(self) -> Progress:
         """Return the heartbeat of a running trial."""
@@ -359,6 +367,14 @@ class Run:
     def release_reserve(self) -> None:
         """Free the reserved disk space, so that a run can still record its end."""
         (self.path / ".reserve").unlink(missing_ok=True)
+
+    def read_metadata(self) -> RunMetadata:
+        """Return the run's metadata; empty before its driver has read the data."""
+        return read_typed(self.path / "facts.json", RunMetadata)
+
+    def read_base_scores(self) -> HeldOutScores:
+        """Return the evaluation of the untuned base model; empty before there is one."""
+        return read_typed(self.path / "report" / "base.json", HeldOutScores)
 
     def read_status(self) -> RunStatusRecord:
         """Return the run's recorded status."""
@@ -472,7 +488,12 @@ class Run:
             try:
                 has_params = bool(trial.read_params().to_dict())
                 # Reading raises for damaged files.
-                for read in (trial.read_status, trial.read_metrics, trial.read_progress):
+                for read in (
+                    trial.read_status,
+                    trial.read_metrics,
+                    trial.read_progress,
+                    trial.read_held_out,
+                ):
                     read()
                 _ = trial.state
                 if has_params:
@@ -484,9 +505,7 @@ class Run:
                 messages.append(f"trial {trial.id} is skipped: {error}")
                 listed_ids.add(trial.id)
         with contextlib.suppress(DamagedFile):
-            created_ids = dict.fromkeys(
-                row["trial_id"] for row in self.read_events("trial") if "trial_id" in row
-            )
+            created_ids = dict.fromkeys(event.trial_id for event in self.read_events(TrialEvent))
             messages += [
                 f"trial {name} was created, but its folder is missing"
                 for name in created_ids
@@ -499,15 +518,15 @@ class Run:
         trial = self.get_trial(trial_id)
         if not (trial.path / "params.json").is_file():
             files.write_json(trial.path / "params.json", {"index": index, "assignment": assignment})
-            self.add_event("trial", trial_id=trial_id)
+            self.add_event(TrialEvent(trial_id=trial_id))
             trial.set_state(TrialState.PENDING)
         return trial
 
-    def add_event(self, kind: str, **details: Any) -> None:
-        """Append a line to events.jsonl."""
+    def add_event(self, event: Event) -> None:
+        """Append an event to events.jsonl."""
         self.check_current()
-        row = {"time": time.time(), "event": kind, **details, **_make_stamp(self.attempt)}
-        files.append_jsonl(self.path / "events.jsonl", row)
+        line = {"time": time.time(), **event.to_dict(), **_make_stamp(self.attempt)}
+        files.append_jsonl(self.path / "events.jsonl", line)
 
     def list_remarks(self) -> list[str]:
         """Return unplanned events, one message each.
@@ -519,30 +538,10 @@ class Run:
             for arm in self.list_arms()
             for sentence in arm.list_remarks()
         ]
-        for event in self.read_events():
-            if event.get("event") == "warning":
-                messages.append(f"{event['trial_id']}: {event['sentence']}")
-            elif event.get("event") == "tracking_failed":
-                messages.append(
-                    f"tracking with W&B was turned off: {event['error']}; the run's own record is "
-                    "complete"
-                )
-            elif event.get("event") in ("placement", "note"):
-                messages.append(str(event["sentence"]))
-            elif event.get("event") == "retry":
-                failure, number = event["failure"], event["number"]
-                halved = (
-                    ", with smaller micro-batches and more of them"
-                    if failure["failure_class"] == "oom"
-                    else ""
-                )
-                messages.append(
-                    f"{event['trial_id']} restarted{halved} (retry {number} after "
-                    f"{failure['failure_class']}): {failure['sentence']}"
-                )
-        return messages
+        sentences = map(describe_event, self.read_events(Event))
+        return messages + [sentence for sentence in sentences if sentence is not None]
 
-    def read_events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """Return the lines of events.jsonl, of one kind or all."""
-        rows = _drop_stale_rows(read_rows(self.path / "events.jsonl", EVENTS))
-        return [row for row in rows if kind is None or row.get("event") == kind]
+    def read_events(self, kind: type[AnyEvent]) -> list[AnyEvent]:
+        """Return the events of a kind, oldest first; of `Event`, all events."""
+        events = _drop_stale(read_events(self.path / "events.jsonl"))
+        return [event for event in events if isinstance(event, kind)]

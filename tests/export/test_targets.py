@@ -34,6 +34,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.errors import DiskFull
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.export_result import ExportRequest, find_gate_violations
+from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.schema.export import TARGETS, Gate, Target, resolve_gate
 from tests.conftest import JobMaker, lorafleet, opinions
@@ -52,14 +53,16 @@ def trained(loaded: LoadedJob, folder: Path) -> Run:
     finish(made)
     made.save_weights(trial.get_weights_folder(loaded.job.method))
     trial.add_row(
-        {
-            "step": 1,
-            "samples": 8,
-            "loss": 1.0,
-            "accuracy": 0.9,
-            "evaluated": True,
-            "train_seconds": 1.0,
-        }
+        MetricsRow.model_validate(
+            {
+                "step": 1,
+                "samples": 8,
+                "loss": 1.0,
+                "accuracy": 0.9,
+                "evaluated": True,
+                "train_seconds": 1.0,
+            }
+        )
     )
     trial.set_state(TrialState.FINISHED)
     return run

@@ -20,6 +20,7 @@ from lorafleet.cluster.submission import SITE_FILE
 from lorafleet.jobs import files
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.plan import MANIFEST
+from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.k8s.backend import KubernetesBackend
@@ -207,7 +208,9 @@ def on_storage(site: KubernetesSite, submitted: Callable[..., Run]) -> tuple[Run
     there.set_state(RunState.RUNNING)
     for number, accuracy in enumerate((0.5, 0.75)):
         trial = there.add_trial(f"trial{number}", number, {"train.learning_rate": 0.1})
-        trial.add_row({"step": 1, "evaluated": True, "accuracy": accuracy})
+        trial.add_row(
+            MetricsRow.model_validate({"step": 1, "evaluated": True, "accuracy": accuracy})
+        )
         trial.set_state(TrialState.FINISHED)
         (trial.path / "adapter").mkdir()
         (trial.path / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(3_000_000))

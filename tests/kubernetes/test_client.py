@@ -40,6 +40,7 @@ from lorafleet.jobs.errors import (
     UserError,
 )
 from lorafleet.jobs.runs.plan import MANIFEST
+from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.k8s import storage_pod as porter
@@ -618,7 +619,7 @@ def test_the_record_comes_through_the_head(
         there.path / "trials/trial1/metrics.jsonl"
     ).read_bytes()
     assert get_backend(here).pull(here, "none", lambda _: None) == 1  # W&B's: all else is as it was
-    there.get_trial("trial0").add_row({"step": 2})
+    there.get_trial("trial0").add_row(MetricsRow.model_validate({"step": 2}))
     assert get_backend(here).pull(here, "none", lambda _: None) == 1
     assert len(here.get_trial("trial0").read_metrics()) == 2
     assert not server.all("Job")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.events import AttemptEvent, Event, RetryEvent
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import JobMaker, hears_ctrl_c
 from tests.kubernetes.conftest import PLANTED, User
@@ -39,7 +40,7 @@ def checkpoints(run: Run) -> int:
 
 def no_step_twice(run: Run) -> None:
     for trial in run.list_trials():
-        steps = [row["step"] for row in trial.read_metrics()]
+        steps = [row.step for row in trial.read_metrics()]
         assert steps == sorted(set(steps)), trial.id
 
 
@@ -138,11 +139,9 @@ def test_a_worker_pod_is_killed(user: User, bert_job: JobMaker) -> None:
     user.when(run, lambda: user.status(run)["state"] == "finished", 420)
     assert len(user.operator.attempts) == 1
     no_step_twice(there)
-    retries = there.read_events("retry")
-    assert retries, there.read_events()
-    assert all(
-        event["failure"]["failure_class"] in ("worker_lost", "preempted") for event in retries
-    )
+    retries = there.read_events(RetryEvent)
+    assert retries, there.read_events(Event)
+    assert all(event.failure.failure_class in ("worker_lost", "preempted") for event in retries)
     assert ended(there) == 3
 
 
@@ -168,7 +167,7 @@ def test_the_head_is_killed(user: User, bert_job: JobMaker) -> None:
         name: (there.get_trial(name).path / "metrics.jsonl").read_bytes() for name in before
     } == before
     no_step_twice(there)
-    assert len(there.read_events("attempt")) == 2
+    assert len(there.read_events(AttemptEvent)) == 2
 
 
 @pytest.mark.long
@@ -184,7 +183,9 @@ def test_a_deadline(user: User, bert_job: JobMaker) -> None:
     assert checkpoints(there)
     assert ended(there) < 3
     user.lorafleet("resume", run.id, "--detach")
-    user.when(run, lambda: len(there.read_events("attempt")) == 2)  # the next deadline is its own
+    user.when(
+        run, lambda: len(there.read_events(AttemptEvent)) == 2
+    )  # the next deadline is its own
 
 
 @pytest.mark.long
@@ -216,7 +217,7 @@ def test_stop_leaves_no_process_and_resume_goes_on(user: User, bert_job: JobMake
     done = user.lorafleet("resume", run.id, "--wait")
     assert run.state == there.state == "finished", done.stdout
     no_step_twice(there)
-    assert len(there.read_events("attempt")) == 2
+    assert len(there.read_events(AttemptEvent)) == 2
 
 
 @pytest.mark.long
@@ -236,6 +237,6 @@ def test_ctrl_c_detaches_and_logs_follow(user: User, bert_job: JobMaker) -> None
     logs: Any = user.lorafleet("logs", run.id, "--follow")
     assert "finished" in user.status(run)["state"]
     finished = [line for line in logs.stdout.splitlines() if "event=" in line]
-    assert len(finished) >= len(user.there(run).read_events()) - 1, (
+    assert len(finished) >= len(user.there(run).read_events(Event)) - 1, (
         logs.stdout
     )  # all that there was, to the end

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.events import BaseLoadedEvent, RungEvent
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.trials import asha as rungs
 from tests.conftest import lorafleet
@@ -130,9 +131,7 @@ def interrupt(process: subprocess.Popen[str]) -> None:
 
 
 def base_loads(run: Run) -> int:
-    return sum(
-        {event["actor"]: event["count"] for event in run.read_events("base_loaded")}.values()
-    )
+    return sum({event.actor: event.count for event in run.read_events(BaseLoadedEvent)}.values())
 
 
 def check_cuts(run: Run) -> int:
@@ -143,25 +142,25 @@ def check_cuts(run: Run) -> int:
     metric = plan["job"]["search"]["metric"] or {"name": "accuracy", "goal": "maximize"}
     eta = plan["job"]["search"]["scheduler"]["reduction_factor"]
     rows = [
-        (row["time"], row["rung"], row[metric["name"]], row["loss"])
+        (row.time, row.rung, row.get_metric(metric["name"]), row.loss)
         for trial in run.list_trials()
         for row in trial.read_metrics()
-        if row.get("rung") is not None
+        if row.rung is not None
     ]
-    events = run.read_events("rung")
+    events = run.read_events(RungEvent)
     for event in events:
         recorded = [
             rungs.make_rung_score(score, loss, metric["goal"])
             for when, rung, score, loss in rows
-            if rung == event["rung"] and when <= event["time"]
+            if rung == event.rung and when <= event.time
         ]
-        own = rungs.make_rung_score(event["score"], event["loss"], metric["goal"])
+        own = rungs.make_rung_score(event.score, event.loss, metric["goal"])
         assert own in recorded
-        assert len(recorded) == event["scores"]
-        assert event["goes_on"] == rungs.is_promoted(own, recorded, eta)
+        assert len(recorded) == event.scores
+        assert event.goes_on == rungs.is_promoted(own, recorded, eta)
     stopped = {trial.id for trial in run.list_trials() if trial.state == "stopped"}
-    assert stopped == {event["trial_id"] for event in events if not event["goes_on"]}
-    assert len({(event["trial_id"], event["rung"]) for event in events}) == len(
+    assert stopped == {event.trial_id for event in events if not event.goes_on}
+    assert len({(event.trial_id, event.rung) for event in events}) == len(
         events
     )  # none was made twice
     return len(events)

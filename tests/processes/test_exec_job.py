@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lorafleet.jobs.runs.events import AttemptEvent
 from lorafleet.jobs.runs.plan import MANIFEST
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.sites.kubernetes import WORKER_LABELS, KubernetesSite
@@ -144,10 +145,10 @@ def test_the_entrypoint_makes_the_run_and_goes_on_with_it(
         name: (run.get_trial(name).path / "metrics.jsonl").read_bytes() for name in ended
     } == ended
     for trial in run.list_trials():
-        steps = [row["step"] for row in trial.read_metrics()]
+        steps = [row.step for row in trial.read_metrics()]
         assert steps == sorted(set(steps))
     assert json.loads((run.path / "report" / "report.json").read_text())["recommendation"][
         "trial_id"
     ]
-    assert len(run.read_events("attempt")) == 2
+    assert len(run.read_events(AttemptEvent)) == 2
     assert (run.path / "logs" / "driver.log").read_text()

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.events import RetryEvent
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import JobMaker, lorafleet
 from tests.processes.conftest import (
@@ -48,7 +49,7 @@ def losses(run: Run) -> dict[float, list[float]]:
     """Learning rate -> validation losses."""
     return {
         trial.read_params().assignment["train.learning_rate"]: [
-            row["loss"] for row in trial.read_evaluations()
+            row.loss for row in trial.read_evaluations()
         ]
         for trial in run.list_trials()
     }
@@ -134,7 +135,7 @@ def test_a_hang_ends_with_every_stack_and_the_trial_goes_on(
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + driver_log(run)
     trial = run.list_trials()[0]
     assert trial.read_status().retries == {"hang": 1}
-    assert [event["failure"]["failure_class"] for event in run.read_events("retry")] == ["hang"]
+    assert [event.failure.failure_class for event in run.read_events(RetryEvent)] == ["hang"]
     assert (
         "restarted (retry 1 after hang): it hung (no progress for retries.hang_minutes)"
         in done.stdout
@@ -142,7 +143,7 @@ def test_a_hang_ends_with_every_stack_and_the_trial_goes_on(
     stacks = [path.read_text() for path in sorted(trial.path.glob("stacks-*"))]
     assert len(stacks) == workers
     assert any("in pause" in text for text in stacks)
-    assert [row["step"] for row in trial.read_evaluations()] == [4, 8, 12, 16, 20, 24]
+    assert [row.step for row in trial.read_evaluations()] == [4, 8, 12, 16, 20, 24]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can only be mounted by root")
@@ -173,13 +174,13 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_good(bert_job: JobMaker, p
         assert "free some space, then continue the run" in run.read_status().reason
         trial = run.list_trials()[0]
         assert not trial.state.has_ended
-        reached = trial.read_metrics()[-1]["step"]
+        reached = trial.read_metrics()[-1].step
         filler.unlink()
         process = begin_resume(run, place, disk)
-        wait_for(lambda: trial.read_metrics()[-1]["step"] > reached)
+        wait_for(lambda: trial.read_metrics()[-1].step > reached)
         assert lorafleet("stop", run.id, "--runs", disk, cwd=place).returncode == ExitCode.OK
         process.communicate(timeout=120)
-        steps = [row["step"] for row in trial.read_metrics()]
+        steps = [row.step for row in trial.read_metrics()]
         assert steps == sorted(set(steps))
     finally:
         subprocess.run(["umount", "-l", disk], check=False)
@@ -235,7 +236,7 @@ def test_a_signal_saves_within_seconds_wherever_it_comes(
     done = lorafleet("resume", run.id, cwd=place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     trial = run.list_trials()[0]
-    assert [row["step"] for row in trial.read_evaluations()] == [8]
+    assert [row.step for row in trial.read_evaluations()] == [8]
     assert trial.state == "finished"
 
 

@@ -41,10 +41,12 @@ pytestmark = pytest.mark.long
 def rows(run: Run) -> list[dict[str, Any]]:
     """What was measured, evaluation by evaluation."""
     (trial,) = run.list_trials()
-    steps = [row["step"] for row in trial.read_metrics()]
+    steps = [row.step for row in trial.read_metrics()]
     assert steps == sorted(set(steps))
     assert trial.state == "finished"
-    return [{key: row[key] for key in ("step", *COMPARED)} for row in trial.read_evaluations()]
+    return [
+        {key: row.to_dict()[key] for key in ("step", *COMPARED)} for row in trial.read_evaluations()
+    ]
 
 
 @pytest.fixture(scope="module")

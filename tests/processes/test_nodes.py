@@ -52,7 +52,7 @@ def test_trials_over_two_machines_are_trained_and_searched(
     done = lorafleet("sweep", path, *loaded.overrides, cwd=place, **machines.environment)
     run = newest(place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + log(run)
-    assert {row["nodes"] for trial in run.list_trials() for row in trial.read_metrics()} == {2}
+    assert {row.nodes for trial in run.list_trials() for row in trial.read_metrics()} == {2}
     assert machines.left() == []
     alone = bert_job(train__per_device_train_batch_size=4, train__gradient_accumulation_steps=2)
     here = lorafleet("train", save(alone, place), *alone.overrides, "train.learning_rate=1e-2", "train.max_steps=12",
@@ -63,8 +63,8 @@ def test_trials_over_two_machines_are_trained_and_searched(
         t for t in run.list_trials() if t.read_params().assignment["train.learning_rate"] == 1e-2
     ).read_evaluations()
     assert len(longest) == 2
-    assert together[0]["loss"] == pytest.approx(
-        newest(place).list_trials()[0].read_evaluations()[0]["loss"], rel=1e-4
+    assert together[0].loss == pytest.approx(
+        newest(place).list_trials()[0].read_evaluations()[0].loss, rel=1e-4
     )
 
 
@@ -108,17 +108,17 @@ def test_a_lost_machine_costs_a_restart_and_a_draining_one_is_left_in_time(
     trial = run.list_trials()[0]
     machines.kill(wait_for(lambda: machines.used(run), 60))
     wait_for(lambda: trial.read_status().retries == {"worker_lost": 1}, 180)
-    at = trial.read_metrics()[-1]["step"]
+    at = trial.read_metrics()[-1].step
     wait_for(lambda: trial.read_progress().step > at, 240)
     machines.workers.append(machines.add())
     drain(machines, wait_for(lambda: machines.used(run), 60))
     wait_for(lambda: trial.read_status().retries == {"worker_lost": 1, "preempted": 1}, 180)
-    at = trial.read_metrics()[-1]["step"]
+    at = trial.read_metrics()[-1].step
     wait_for(lambda: trial.read_progress().step > at, 240)
     assert lorafleet("stop", run.id, cwd=place).returncode == ExitCode.OK
     shown, _ = process.communicate(timeout=240)
     assert process.returncode == ExitCode.INTERRUPTED, shown + log(run)
-    steps = [row["step"] for row in trial.read_metrics()]
+    steps = [row.step for row in trial.read_metrics()]
     assert steps == sorted(set(steps))
     assert "restarted (retry 1 after preempted): its node is being preempted" in shown
     assert machines.left() == []

@@ -13,7 +13,7 @@ from tests.unit.jobs.runs.test_older_runs import unpack
 def test_an_old_run_is_resumed_from_its_checkpoints(place: Path) -> None:
     run = unpack("stopped", place / "runs")
     before = {trial.id: trial.read_metrics() for trial in run.list_trials()}
-    assert any(rows and rows[-1]["step"] == 96 for rows in before.values())
+    assert any(rows and rows[-1].step == 96 for rows in before.values())
     done = lorafleet("resume", run.path, cwd=place, LORAFLEET_CACHE=ASSETS)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     assert run.state is RunState.FINISHED
@@ -21,4 +21,4 @@ def test_an_old_run_is_resumed_from_its_checkpoints(place: Path) -> None:
         rows = trial.read_metrics()
         earlier = before[trial.id]
         assert rows[: len(earlier)] == earlier
-        assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+        assert [row.step for row in rows] == sorted({row.step for row in rows})

@@ -18,6 +18,7 @@ import pytest
 
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.events import AttemptEvent
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import JobMaker, hears_ctrl_c
 from tests.processes.conftest import _free_port, wait_for
@@ -163,7 +164,7 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     assert run.state == there.state == "finished", done.stdout + done.stderr
     assert f"`lorafleet pull {run.id}` downloads the adapter" in done.stderr
     for trial in there.list_trials():
-        steps = [row["step"] for row in trial.read_metrics()]
+        steps = [row.step for row in trial.read_metrics()]
         assert steps == sorted(set(steps))
     best = json.loads((run.path / "report" / "report.json").read_text())["recommendation"][
         "trial_id"
@@ -171,7 +172,7 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     user.lorafleet("pull", run.id)
     weights = Path("trials") / best / "adapter" / "adapter_model.safetensors"
     assert (run.path / weights).read_bytes() == (there.path / weights).read_bytes()
-    assert len(there.read_events("attempt")) == 2
+    assert len(there.read_events(AttemptEvent)) == 2
     user.lorafleet("pull", run.id, "--on", "up", "--runs", user.home / "elsewhere")
     assert Run(user.home / "elsewhere" / run.id).state == "finished"
 

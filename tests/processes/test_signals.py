@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.events import AttemptEvent
 from lorafleet.jobs.runs.run import RunState
 from lorafleet.training.checkpoint import find_newest_intact
 from tests.conftest import JobMaker, lorafleet
@@ -97,7 +98,7 @@ def check_stopped(place: Path, said: str = "") -> None:
     done = lorafleet("resume", run.path, cwd=place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     assert newest(place).state is RunState.FINISHED
-    assert max(int(row["step"]) for row in trial.read_metrics()) == STEPS
+    assert max(int(row.step) for row in trial.read_metrics()) == STEPS
 
 
 def test_timeout_stops_a_run(bert_job: JobMaker, place: Path) -> None:
@@ -216,4 +217,4 @@ def test_of_three_that_resume_at_once_one_trains(bert_job: JobMaker, place: Path
             assert "already has a driver" in text, text
             assert "failed" not in text, text
     assert newest(place).state is RunState.FINISHED
-    assert len([row for row in run.read_events() if row.get("event") == "attempt"]) == 2
+    assert len(run.read_events(AttemptEvent)) == 2

@@ -14,6 +14,7 @@ import pytest
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.events import WarningEvent
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import ASSETS, ROOT, JobMaker, lorafleet, opinions, write_rows
 from tests.processes.conftest import (
@@ -230,7 +231,7 @@ def test_a_killed_sweep_goes_on_where_it_was(bert_job: JobMaker, place: Path) ->
     assert len(run.list_trials()) == 6
     assert all(trial.state.has_ended for trial in run.list_trials())
     for trial in run.list_trials():
-        steps = [row["step"] for row in trial.read_metrics()]
+        steps = [row.step for row in trial.read_metrics()]
         assert steps == sorted(set(steps))  # nothing was reported twice
     check_cuts(run)
     data = json.loads((run.path / "report" / "report.json").read_text())
@@ -257,7 +258,7 @@ def test_ctrl_c_saves_and_resume_finishes(bert_job: JobMaker, place: Path) -> No
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     assert re.search(r"^(Ship |Do not ship)", done.stdout, re.MULTILINE), done.stdout
     check_cuts(run)
-    assert [event["trial_id"] for event in run.read_events("warning")] == [hurt.id]
+    assert [event.trial_id for event in run.read_events(WarningEvent)] == [hurt.id]
     assert (
         f"{hurt.id}: the newest checkpoint is damaged"
         in (run.path / "report" / "report.md").read_text()
@@ -292,7 +293,7 @@ def test_stop_saves_and_a_killed_worker_is_started_again(bert_job: JobMaker, pla
     assert {str(trial.state) for trial in run.list_trials()} == {"pending"}
     for trial in run.list_trials():
         assert trial.checkpoint.is_dir()
-        steps = [row["step"] for row in trial.read_metrics()]
+        steps = [row.step for row in trial.read_metrics()]
         assert steps == sorted(
             set(steps)
         )  # it went on from its checkpoint, and reported nothing twice
@@ -328,10 +329,10 @@ def test_two_workers_are_one_with_twice_the_accumulation(bert_job: JobMaker, pla
         together.list_trials()[0].id == alone.list_trials()[0].id
     )  # the same training by another name
     last = [run.list_trials()[0].read_metrics()[-1] for run in (together, alone)]
-    assert last[0]["step"] == last[1]["step"] == 8
+    assert last[0].step == last[1].step == 8
     for name in ("train_loss", "loss"):
-        assert last[0][name] == pytest.approx(last[1][name], rel=1e-4)
-    assert last[0]["tokens"] == last[1]["tokens"]
+        assert last[0].get_metric(name) == pytest.approx(last[1].get_metric(name), rel=1e-4)
+    assert last[0].tokens == last[1].tokens
 
 
 def test_the_quickstarts_shape_with_its_real_model_and_data(place: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lorafleet.jobs.runs.events import AttemptEvent, RayLeftEvent
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import JobMaker
 from tests.slurm.conftest import PLANTED, Login
@@ -28,7 +29,7 @@ search:
 
 def hosts(run: Run) -> set[str]:
     return {
-        row["host"].partition(":")[0]
+        row.host.partition(":")[0]
         for trial in run.list_trials()
         for row in trial.read_metrics()
         if "host" in row
@@ -85,9 +86,9 @@ def test_trials_of_two_nodes_and_what_they_leave(login: Login, bert_job: JobMake
     run = login.submit(bert_job(search, resources__num_nodes=2))
     assert login.ended(run, 400).state == "COMPLETED"
     lasts = [trial.read_metrics()[-1] for trial in run.list_trials()]
-    assert {row["nodes"] for row in lasts} == {2}
+    assert {row.nodes for row in lasts} == {2}
     assert "stopped" in {str(trial.state) for trial in run.list_trials()}
-    assert [event["placement_groups"] for event in run.read_events("ray_left")] == [0]
+    assert [event.placement_groups for event in run.read_events(RayLeftEvent)] == [0]
     assert login.left_behind() == []
 
 
@@ -167,7 +168,7 @@ def test_two_attempts_at_one_run(login: Login, bert_job: JobMaker) -> None:
     record = login.ended(run)
     assert (record.state, record.exit_code) == ("FAILED", 130)
     assert "stopped" in login.lorafleet("status", run.id).stdout
-    assert len(run.read_events("attempt")) == 1
+    assert len(run.read_events(AttemptEvent)) == 1
 
 
 def test_what_is_not_in_the_cache_is_not_submitted(login: Login, bert_job: JobMaker) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 
 from lorafleet.jobs import files
+from lorafleet.jobs.runs.events import AttemptEvent
 from lorafleet.jobs.runs.run import Run, RunState
 from tests.conftest import JobMaker
 from tests.slurm.conftest import Login
@@ -58,7 +59,7 @@ def check_steps(run: Run) -> None:
     """Every step of all four trials once, in order, and a decision."""
     assert len(record_of_ended(run)) == 4
     for trial in run.list_trials():
-        steps = [row["step"] for row in trial.read_metrics()]
+        steps = [row.step for row in trial.read_metrics()]
         assert steps == sorted(set(steps)), trial.id
     report = json.loads((run.path / "report" / "report.json").read_text())
     assert report["recommendation"]["trial_id"]
@@ -133,7 +134,7 @@ def test_a_node_dies(login: Login, bert_job: JobMaker) -> None:
         record = login.ended(run, 400)
         assert (record.state, record.exit_code) == ("COMPLETED", 0)
         check_whole(run, before)
-        assert len(run.read_events("attempt")) == 1
+        assert len(run.read_events(AttemptEvent)) == 1
     finally:
         login.rig.bring_back(2)
     assert login.left_behind() == []
@@ -204,7 +205,7 @@ def test_a_chain_of_jobs(login: Login, bert_job: JobMaker) -> None:
     assert len(jobs) == 3
     before = record_of_ended(run)
     login.rig.asked("scancel", "--batch", "--signal=USR1", jobs[0])
-    login.when(run, lambda: len(run.read_events("attempt")) == 2)
+    login.when(run, lambda: len(run.read_events(AttemptEvent)) == 2)
     before |= record_of_ended(run)
     login.when(run, lambda: not login.rig.asked("squeue", "-h"))
     check_whole(run, before)

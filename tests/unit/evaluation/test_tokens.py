@@ -15,6 +15,7 @@ from lorafleet.evaluation.report.model_of_run import select_model
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.trials.trial_id import get_prompt_format
 from tests.conftest import JobMaker, lorafleet_here
@@ -32,14 +33,16 @@ def run_of(loaded: LoadedJob, folder: Path, trained_with: int | None) -> Run:
     trial = run.add_trial("aaaa", 0, {})
     trial.get_weights_folder(loaded.job.method).mkdir(parents=True)
     trial.add_row(
-        {
-            "step": 1,
-            "samples": 8,
-            "loss": 1.0,
-            "accuracy": 0.9,
-            "evaluated": True,
-            "train_seconds": 1.0,
-        }
+        MetricsRow.model_validate(
+            {
+                "step": 1,
+                "samples": 8,
+                "loss": 1.0,
+                "accuracy": 0.9,
+                "evaluated": True,
+                "train_seconds": 1.0,
+            }
+        )
     )
     trial.set_state(TrialState.FINISHED)
     run.set_state(RunState.STOPPED, reason="interrupted")

@@ -20,6 +20,7 @@ from lorafleet.training.data import make_packed_batch, prepare_tokens
 from lorafleet.training.model import load_base
 from lorafleet.training.optim import compute_rate_factor
 from lorafleet.training.session import TrainingSession
+from lorafleet.tuning.trial_report import TrialReport
 from lorafleet.tuning.trial_run import TrialRun, Work
 from tests.conftest import JobMaker, write_rows
 from tests.unit.tiny_models import save_tiny
@@ -178,14 +179,14 @@ def test_what_does_not_go_with_packing(bert_job: JobMaker, llama_job: JobMaker) 
         llama_job("search: {method: grid, parameters: {train.packing: {values: [true, false]}}}")
 
 
-def _run_to_its_end(run: Run, work: Work, *, again_after: int | None = None) -> list[dict]:
+def _run_to_its_end(run: Run, work: Work, *, again_after: int | None = None) -> list[TrialReport]:
     """Every report of a trial; it begins anew from its checkpoint after so many."""
     trial = run.add_trial("0123456789", 0, {})
     data = prepare_tokens(work.job)
-    reports: list[dict] = []
+    reports: list[TrialReport] = []
     current = TrialRun(work, {"trial_id": trial.id, "assignment": {}}, data)
     current.open(load_base(work.job, len(data.labels), CPU))
-    while not reports or not reports[-1]["done"]:
+    while not reports or not reports[-1].done:
         if again_after == len(reports):
             current.close()
             current = TrialRun(work, {"trial_id": trial.id, "assignment": {}}, data)
@@ -197,6 +198,11 @@ def _run_to_its_end(run: Run, work: Work, *, again_after: int | None = None) -> 
     return reports
 
 
+def _get_last_step(reports: list[TrialReport]) -> int:
+    assert reports[-1].row is not None
+    return reports[-1].row.step
+
+
 @pytest.mark.parametrize("again_after", [None, 2])
 def test_a_trial_ends_when_nothing_gets_better(
     bert_job: JobMaker, tmp_path: Path, again_after: int | None
@@ -206,9 +212,9 @@ def test_a_trial_ends_when_nothing_gets_better(
     run = Run.create(tmp_path / "runs", "patient")
     work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
     reports = _run_to_its_end(run, work, again_after=again_after)
-    assert reports[-1]["row"]["step"] == 4  # the first is the best, and three are no better
+    assert _get_last_step(reports) == 4  # the first is the best, and three are no better
     assert (
-        reports[-1]["warning"]
+        reports[-1].warning
         == "stopped early after step 4: accuracy did not improve in 3 evaluations"
     )
     assert run.get_trial("0123456789").weights.is_dir()
@@ -219,7 +225,7 @@ def test_a_trial_that_gets_better_goes_on(bert_job: JobMaker, tmp_path: Path) ->
     run = Run.create(tmp_path / "runs", "patient")
     work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
     losses = _run_to_its_end(run, work)
-    assert losses[-1]["row"]["step"] == 4 or "stopped early" in losses[-1]["warning"]
+    assert _get_last_step(losses) == 4 or "stopped early" in str(losses[-1].warning)
 
 
 def test_warm_up_in_steps() -> None:

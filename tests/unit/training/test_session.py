@@ -461,7 +461,7 @@ def test_a_learning_rate_beyond_sense_is_a_failure_with_a_class(bert_job: JobMak
         next(p for p in made.strategy.trained.values() if p.ndim > 1).fill_(torch.inf)
     with pytest.raises(TrainingFailure) as caught:
         finish(made)
-    assert classify_exception(caught.value)["failure_class"] == "nan"
+    assert classify_exception(caught.value).failure_class == "nan"
 
 
 def test_the_chunked_loss_keeps_small_gradients_in_bfloat16() -> None:

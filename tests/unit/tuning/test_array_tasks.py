@@ -11,7 +11,9 @@ import pytest
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.runs.events import WarningEvent
 from lorafleet.jobs.runs.lease import Lease, StaleAttempt
+from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.tuning.array_tasks import merge_tasks
 
@@ -27,8 +29,8 @@ def a_part(run: Run, number: int, attempts: int) -> Run:
         writer = Run(part.path, attempt=lease.attempt)
         writer.set_state(RunState.RUNNING, wall_seconds=10.0 * attempt)
         trial = writer.add_trial(f"t{number}", number, {})
-        trial.add_row({"step": attempt})
-        writer.add_event("warning", trial_id=trial.id, sentence=f"said {attempt}")
+        trial.add_row(MetricsRow.model_validate({"step": attempt}))
+        writer.add_event(WarningEvent(trial_id=trial.id, sentence=f"said {attempt}"))
         lease.release()
     return part
 
@@ -51,10 +53,12 @@ def test_trials_of_all_parts_go_on_in_the_run(run: Run) -> None:
     merge_tasks(run, {}, lambda _: None)
     assert not (run.path / "parts").exists()
     assert [str(trial.state) for trial in run.list_trials()] == ["finished", "pending"]
-    run.get_trial("t0").add_row({"step": 4})  # the run's first attempt, after a part's third
-    assert [row["step"] for row in run.get_trial("t0").read_metrics()] == [1, 2, 3, 4]
+    run.get_trial("t0").add_row(
+        MetricsRow.model_validate({"step": 4})
+    )  # the run's first attempt, after a part's third
+    assert [row.step for row in run.get_trial("t0").read_metrics()] == [1, 2, 3, 4]
     assert run.read_status().wall_seconds == 30.0
-    assert len(run.read_events("warning")) == 4
+    assert len(run.read_events(WarningEvent)) == 4
     merge_tasks(run, {}, lambda _: None)
 
 
@@ -68,7 +72,7 @@ def test_a_part_that_was_taken_over_writes_nothing_more(run: Run) -> None:
     stale = Run(run.get_array_task(1).path, attempt=1)
     merge_tasks(run, {}, lambda _: None)
     with pytest.raises(StaleAttempt, match="was replaced by another one, and stops writing"):
-        stale.get_trial("t1").add_row({"step": 9})
+        stale.get_trial("t1").add_row(MetricsRow.model_validate({"step": 9}))
     assert not (run.path / "parts").exists()
 
 

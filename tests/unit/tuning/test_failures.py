@@ -25,6 +25,7 @@ from lorafleet.jobs.errors import (
     TrainingFailure,
     make_disk_full_error,
 )
+from lorafleet.jobs.runs.records import FailureRecord
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.job import RetriesSpec
 from lorafleet.jobs.trials.retries import get_retry_number
@@ -34,6 +35,7 @@ from lorafleet.tuning.failures import (
     classify_crash,
     classify_exception,
     is_device_error,
+    make_disk_full_failure,
 )
 from lorafleet.tuning.ledger import Ledger
 from lorafleet.tuning.trial_run import SingleRowOutOfMemory
@@ -56,13 +58,16 @@ def test_where_faults_are_planted_there_is_something() -> None:
 
 def test_each_class_has_its_own_limit() -> None:
     retries = RetriesSpec(oom=2, worker_lost=1, hang_minutes=5)
-    assert get_retry_number({"failure_class": "oom"}, {}, retries) == 1
-    assert get_retry_number({"failure_class": "oom"}, {"oom": 1, "worker_lost": 1}, retries) == 2
-    assert get_retry_number({"failure_class": "oom"}, {"oom": 2}, retries) is None
-    assert get_retry_number({"failure_class": "oom", "final": True}, {}, retries) is None
-    assert get_retry_number({"failure_class": "worker_lost"}, {"oom": 2}, retries) == 1
+    assert get_retry_number(FailureRecord(failure_class="oom"), {}, retries) == 1
+    assert (
+        get_retry_number(FailureRecord(failure_class="oom"), {"oom": 1, "worker_lost": 1}, retries)
+        == 2
+    )
+    assert get_retry_number(FailureRecord(failure_class="oom"), {"oom": 2}, retries) is None
+    assert get_retry_number(FailureRecord(failure_class="oom", final=True), {}, retries) is None
+    assert get_retry_number(FailureRecord(failure_class="worker_lost"), {"oom": 2}, retries) == 1
     for kind in ("nan", "code", "data", "config"):
-        assert get_retry_number({"failure_class": kind}, {}, retries) is None
+        assert get_retry_number(FailureRecord(failure_class=kind), {}, retries) is None
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,7 @@ def test_each_class_has_its_own_limit() -> None:
     ],
 )
 def test_exceptions_have_classes(error: Exception, kind: str) -> None:
-    assert classify_exception(error)["failure_class"] == kind
+    assert classify_exception(error).failure_class == kind
     assert kind in FAILURE_CLASSES
 
 
@@ -142,7 +147,7 @@ def trial(tmp_path: Path) -> Trial:
 def test_a_death_without_a_report_is_told_from_rays_words(
     trial: Trial, said: str, kind: str
 ) -> None:
-    assert classify_crash(said, trial)["failure_class"] == kind
+    assert classify_crash(said, trial).failure_class == kind
 
 
 def test_what_a_process_carried_out_comes_first(trial: Trial) -> None:
@@ -150,27 +155,32 @@ def test_what_a_process_carried_out_comes_first(trial: Trial) -> None:
     out of memory.
     """
     oom = WorkerUnusable(
-        {"failure_class": "oom", "sentence": "out of memory: {'a \"quoted\" thing'}", "final": True}
+        FailureRecord(
+            failure_class="oom", sentence="out of memory: {'a \"quoted\" thing'}", final=True
+        )
     )
-    lost = WorkerUnusable({"failure_class": "worker_lost", "sentence": "another process was lost"})
+    lost = WorkerUnusable(
+        FailureRecord(failure_class="worker_lost", sentence="another process was lost")
+    )
     said = f"Traceback ...\nTrainingFailedError: 2 failed: {lost!r} and {oom!r}\n"
-    assert classify_crash(said, trial)["failure_class"] == "oom"
-    assert classify_crash(said, trial)["final"] is True
+    assert classify_crash(said, trial).failure_class == "oom"
+    assert classify_crash(said, trial).final is True
     assert str(pickle.loads(pickle.dumps(oom))) == str(oom)
-    full = WorkerUnusable({"full_disk": "the disk is full"})
-    assert classify_crash(f"{oom!r} {full!r}", trial) == {"full_disk": "the disk is full"}
+    full = WorkerUnusable(make_disk_full_failure("the disk is full"))
+    disk_full = classify_crash(f"{oom!r} {full!r}", trial)
+    assert (disk_full.failure_class, disk_full.sentence) == ("disk_full", "the disk is full")
 
 
 def test_stacks_that_were_written_mean_a_hang(trial: Trial) -> None:
     trial.get_hang_file(0).write_text("")
     trial.get_hang_file(1).write_text("Thread 0x1 (most recent call first):\n")
     failure = classify_crash("ActorDiedError: exit code 1", trial)
-    assert (failure["failure_class"], "are in stacks-1-1.txt of" in failure["sentence"]) == (
+    assert (failure.failure_class, "are in stacks-1-1.txt of" in failure.sentence) == (
         "hang",
         True,
     )
     assert [path.name for path in trial.path.glob("*.txt")] == ["stacks-1-1.txt"]
-    assert classify_crash("ActorDiedError: exit code 1", trial)["failure_class"] == "worker_lost"
+    assert classify_crash("ActorDiedError: exit code 1", trial).failure_class == "worker_lost"
 
 
 def test_stacks_come_before_what_the_others_say_of_a_hang(trial: Trial) -> None:
@@ -181,9 +191,9 @@ def test_stacks_come_before_what_the_others_say_of_a_hang(trial: Trial) -> None:
         trial.get_hang_file(1).write_text("Thread 0x1 (most recent call first):\n")
         said = (
             "Traceback "
-            f"...\n{WorkerUnusable({'failure_class': kind, 'sentence': 'another process was lost'})!r}"
+            f"...\n{WorkerUnusable(FailureRecord(failure_class=kind, sentence='another process was lost'))!r}"
         )
-        assert classify_crash(said, trial)["failure_class"] == told
+        assert classify_crash(said, trial).failure_class == told
     assert len(list(trial.path.glob("stacks-1-*.txt"))) == 3
 
 
@@ -191,12 +201,12 @@ def test_a_retry_is_counted_where_a_resume_finds_it(bert_job: JobMaker, trial: T
     job = bert_job(retries={"worker_lost": 2}).job
     ledger = Ledger(Run(trial.path.parent.parent), job, False)
     for number in (1, 2):
-        ledger.record_failure(trial, {"failure_class": "worker_lost", "sentence": "killed"})
+        ledger.record_failure(trial, FailureRecord(failure_class="worker_lost", sentence="killed"))
         assert (trial.state, trial.read_status().retries) == (
             TrialState.PENDING,
             {"worker_lost": number},
         )
-    ledger.record_failure(trial, {"failure_class": "worker_lost", "sentence": "killed"})
+    ledger.record_failure(trial, FailureRecord(failure_class="worker_lost", sentence="killed"))
     assert trial.state is TrialState.FAILED
     assert (
         ledger.run.list_remarks()[1] == "0123456789 restarted (retry 2 after worker_lost): killed"
@@ -205,7 +215,7 @@ def test_a_retry_is_counted_where_a_resume_finds_it(bert_job: JobMaker, trial: T
 
 def test_one_row_is_the_end(trial: Trial) -> None:
     assert (
-        classify_exception(SingleRowOutOfMemory("oom", "out of memory with 1 row a pass"))["final"]
+        classify_exception(SingleRowOutOfMemory("oom", "out of memory with 1 row a pass")).final
         is True
     )
 

@@ -12,6 +12,7 @@ import torch
 from lorafleet.jobs.runs.run import Run
 from lorafleet.training.data import prepare_tokens
 from lorafleet.tuning.trainable import WarmTrial
+from lorafleet.tuning.trial_report import TrialReport
 from lorafleet.tuning.trial_run import Work
 from tests.conftest import JobMaker
 
@@ -43,11 +44,12 @@ def test_an_actor_that_is_being_set_up_does_not_touch_its_trial(
         assert slow.base_loads == 1
         assert _files(trial.path) == before
         warm.setup(config, work)
-        report = json.loads(warm.step()["report"])
+        report = TrialReport.from_result(warm.step())
     finally:
         torch.set_num_threads(threads)
-    assert "the newest checkpoint is damaged" in report["warning"]
-    assert report["actor"]["base_loads"] == 1
+    assert report is not None
+    assert "the newest checkpoint is damaged" in str(report.warning)
+    assert report.worker.base_loads == 1
     warm.cleanup()
     slow.cleanup()
 

@@ -30,6 +30,7 @@ from lorafleet.jobs.data.chat_format import ChatFormat
 from lorafleet.jobs.data.encoding import RowEncoder
 from lorafleet.jobs.data.row_formats import Row
 from lorafleet.jobs.errors import AssetError, JobFileError, UserError
+from lorafleet.jobs.runs.records import SplitScores, read_typed
 from lorafleet.jobs.schema.job import CustomMetric, EvaluateSpec
 from lorafleet.training.data import prepare_tokens
 from lorafleet.training.evaluation import evaluate_rows
@@ -395,9 +396,9 @@ def test_a_learnt_answer_is_written(llama_job: JobMaker, tmp_path: Path) -> None
     }  # it has learnt how to answer, if not yet what
     assert found.metrics["exact_match"] > 0.3
     files.write_jsonl(tmp_path / "p.jsonl", results.to_records())
-    record = summarize_results(results, job, ())
-    assert record["metrics"] == found.metrics
-    again = read_results(tmp_path / "p.jsonl", record)
+    scores = summarize_results(results, job, ())
+    assert scores.metrics == found.metrics
+    again = read_results(tmp_path / "p.jsonl", scores)
     assert again is not None
     assert compute_scores(again, job.metric_names) == found
     assert again.answers == results.answers
@@ -416,7 +417,7 @@ def test_metrics_of_any_name_and_no_number_come_back(tmp_path: Path) -> None:
     )
     files.write_jsonl(tmp_path / "p.jsonl", results.to_records())
     files.write_json(tmp_path / "s.json", {"whole": dict(results.whole)})
-    again = read_results(tmp_path / "p.jsonl", files.read_json(tmp_path / "s.json"))
+    again = read_results(tmp_path / "p.jsonl", read_typed(tmp_path / "s.json", SplitScores))
     assert again is not None
     assert again.answers == ("a", "b")
     found = compute_scores(again, ["loss", *ratios, "matthews"])

@@ -42,6 +42,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.errors import JobFileError, UserError
 from lorafleet.jobs.loading.evaluate_job import ModelArm, check_base, make_folder_arm, name_arms
 from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.report import Answer, Arm, Inference, Pair, Report, Row, Sample
 from lorafleet.jobs.runs.run import Run, TrialState
 from lorafleet.jobs.schema.comparison import Cost
@@ -934,21 +935,24 @@ def ended(loaded: LoadedJob, folder: Path, right: int, **facts: object) -> Run:
     files.write_json(run.path / "facts.json", known | facts)
     trial = run.add_trial("aaaa", 0, {})
     trial.add_row(
-        {
-            "step": 1,
-            "samples": 8,
-            "accuracy": 0.5,
-            "loss": 1.0,
-            "evaluated": True,
-            "train_seconds": right,
-        }
+        MetricsRow.model_validate(
+            {
+                "step": 1,
+                "samples": 8,
+                "accuracy": 0.5,
+                "loss": 1.0,
+                "evaluated": True,
+                "train_seconds": right,
+            }
+        )
     )
     trial.set_state(TrialState.FINISHED)
     trial.weights.mkdir()
     results = classified(np.arange(40) < right)
     files.write_jsonl(trial.get_predictions_file("test"), results.to_records())
     files.write_json(
-        trial.path / "test.json", {"test": summarize_results(results, loaded.job, ("bad", "good"))}
+        trial.path / "test.json",
+        {"test": summarize_results(results, loaded.job, ("bad", "good")).to_dict()},
     )
     files.write_jsonl(
         run.get_rows_file("test"),
@@ -1060,14 +1064,22 @@ def test_the_best_mean_over_folds_is_trained_whole(bert_job: JobMaker, tmp_path:
     for index, assignment in enumerate(search.list_planned_assignments(job, repr)):
         trial = run.add_trial(f"t{index}", index, assignment)
         score = scores[int(assignment["lora.lora_r"])][int(assignment["data.fold"])]
-        trial.add_row({"step": 1, "samples": 8, "accuracy": score, "loss": 1.0, "evaluated": True})
+        trial.add_row(
+            MetricsRow.model_validate(
+                {"step": 1, "samples": 8, "accuracy": score, "loss": 1.0, "evaluated": True}
+            )
+        )
         trial.weights.mkdir()
         assert ledger.find_best_assignment() is None
         ledger.end_trial(trial, TrialState.FINISHED)
         assert not trial.weights.is_dir()  # a fold's weights are nobody's
     assert ledger.find_best_assignment() == {"lora.lora_r": 4}
     whole = run.add_trial("whole", 8, {"lora.lora_r": 4})
-    whole.add_row({"step": 1, "samples": 8, "accuracy": 0.75, "loss": 1.0, "evaluated": True})
+    whole.add_row(
+        MetricsRow.model_validate(
+            {"step": 1, "samples": 8, "accuracy": 0.75, "loss": 1.0, "evaluated": True}
+        )
+    )
     whole.weights.mkdir()
     ledger.end_trial(whole, TrialState.FINISHED)
     assert ledger.find_best_assignment() == {"lora.lora_r": 4}

@@ -31,6 +31,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.row_formats import Row
 from lorafleet.jobs.errors import RunError, UserError
+from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from tests.conftest import JobMaker
 
@@ -50,14 +51,16 @@ def answered(tmp_path: Path, llama_job: JobMaker) -> Run:
     files.write_jsonl(run.get_rows_file("test"), ROWS)
     trial = run.add_trial("aaaa", 0, {})
     trial.add_row(
-        {
-            "step": 1,
-            "samples": 4,
-            "loss": 1.0,
-            "evaluated": True,
-            "train_seconds": 1.0,
-            "eval_seconds": 0.0,
-        }
+        MetricsRow.model_validate(
+            {
+                "step": 1,
+                "samples": 4,
+                "loss": 1.0,
+                "evaluated": True,
+                "train_seconds": 1.0,
+                "eval_seconds": 0.0,
+            }
+        )
     )
     trial.set_state(TrialState.FINISHED)
     trial.weights.mkdir()

@@ -20,7 +20,7 @@ import pytest
 from lorafleet.cluster import run_index as store
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.submission import write_run
-from lorafleet.commands.view import collect_trial_rows
+from lorafleet.commands.view import collect_trials
 from lorafleet.evaluation.metrics.predictions import Classified, RowResults, serialize
 from lorafleet.evaluation.render.forms import (
     render_html,
@@ -493,15 +493,15 @@ def test_a_copied_run_is_read_elsewhere(finished: Run, tmp_path: Path) -> None:
 
 def test_a_trial_that_has_not_reported_yet_is_shown_as_running(finished: Run) -> None:
     trial = finished.add_trial("eeee", 9, {"lora.lora_r": 4})
-    assert collect_trial_rows(finished)[-1]["state"] == "pending"
+    assert collect_trials(finished)[-1].state == "pending"
     files.write_json(
         trial.path / "progress.json", {"time": time.time(), "step": 5, "train_seconds": 1.0}
     )
-    assert collect_trial_rows(finished)[-1]["state"] == "running"
+    assert collect_trials(finished)[-1].state == "running"
     files.write_json(
         trial.path / "progress.json", {"time": time.time() - 60, "step": 5, "train_seconds": 1.0}
     )
-    assert collect_trial_rows(finished)[-1]["state"] == "pending"
+    assert collect_trials(finished)[-1].state == "pending"
 
 
 def test_a_run_of_another_version_gets_a_sentence(finished: Run, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ import pytest
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs import lease
+from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.lease import Lease, StaleAttempt
+from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 
 
@@ -119,17 +121,17 @@ def test_a_stale_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     old = Run(run.path, attempt=1)
     old.mark_running()
     trial = old.add_trial("t", 0, {})
-    trial.add_row({"step": 1})
+    trial.add_row(MetricsRow.model_validate({"step": 1}))
     told: list[str] = []
     Lease(run.path, 1).start_heartbeat(told.append)
     Lease.acquire(run.path, {}).release()
     new = Run(run.path, attempt=2)
-    new.get_trial("t").add_row({"step": 2})
+    new.get_trial("t").add_row(MetricsRow.model_validate({"step": 2}))
     for write in (
         lambda: old.set_state(RunState.RUNNING),
-        lambda: old.add_event("x"),
+        lambda: old.add_event(NoteEvent(sentence="x")),
         lambda: trial.set_state(TrialState.RUNNING),
-        lambda: trial.add_row({"step": 2}),
+        lambda: trial.add_row(MetricsRow.model_validate({"step": 2})),
     ):
         with pytest.raises(
             StaleAttempt, match=r"attempt 1 of x-.* was replaced by attempt 2, and stops writing"
@@ -148,7 +150,7 @@ def test_rows_that_a_stale_writer_slipped_in_are_passed_over(tmp_path: Path) -> 
     trial = Run(tmp_path).get_trial("t")
     for step, attempt in ((1, 1), (2, 1), (3, 2), (3, 1), (4, 1), (4, 2)):
         files.append_jsonl(trial.path / "metrics.jsonl", {"step": step, "attempt": attempt})
-    assert [(row["step"], row["attempt"]) for row in trial.read_metrics()] == [
+    assert [(row.step, row.attempt) for row in trial.read_metrics()] == [
         (1, 1),
         (2, 1),
         (3, 2),

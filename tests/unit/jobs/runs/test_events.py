@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafleet.jobs.runs import events
+from lorafleet.jobs.runs.records import DamagedFile, FailureRecord, MetricsRow, Record
+from lorafleet.jobs.runs.run import Run
+
+
+def _list_kinds() -> list[type[events.Event]]:
+    return [
+        kind
+        for kind in vars(events).values()
+        if isinstance(kind, type) and issubclass(kind, events.Event) and kind is not events.Event
+    ]
+
+
+def _make_value(annotation: Any) -> Any:
+    if isinstance(annotation, types.UnionType):
+        annotation = annotation.__args__[0]
+    if annotation is FailureRecord:
+        return FailureRecord(failure_class="oom", sentence="out of memory")
+    return {str: "text", int: 3, float: 0.5, bool: True}[annotation]
+
+
+@pytest.mark.parametrize("kind", _list_kinds())
+def test_every_kind_is_read_as_it_was_written(kind: type[events.Event], tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "r")
+    values = {
+        name: _make_value(field.annotation)
+        for name, field in kind.model_fields.items()
+        if name not in ("event", "time", "attempt")
+    }
+    event = kind(**values)
+    run.add_event(event)
+    (stored,) = run.read_events(kind)
+    assert stored.model_copy(update={"time": None}).model_dump() == event.model_dump() | {
+        "schema_version": 1
+    }
+    assert json.loads((run.path / "events.jsonl").read_text())["event"] == kind(**values).event
+
+
+def test_an_event_of_a_newer_version_is_kept_and_not_shown(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "r")
+    (run.path / "events.jsonl").write_text('{"event": "paused", "why": [1]}\n{}\n')
+    first, second = run.read_events(events.Event)
+    assert (first.event, first.to_dict()["why"], second.event) == ("paused", [1], "")
+    assert run.list_remarks() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"event": "warning", "trial_id": "t"}, "sentence"),
+        ({"event": "retry", "trial_id": "t", "number": 1, "failure": {}}, "failure_class"),
+        ({"event": "rung", "trial_id": "t", "rung": "1", "goes_on": True}, "rung"),
+    ],
+)
+def test_a_damaged_event_is_named(line: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "r")
+    (run.path / "events.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DamagedFile, match=rf"events\.jsonl is damaged: .*{problem}"):
+        run.list_remarks()
+
+
+def test_a_metric_is_a_number_or_missing() -> None:
+    row = MetricsRow.model_validate({"step": 1, "loss": 0.5, "f1": None, "mine": 3, "odd": "x"})
+    assert [row.get_metric(name) for name in ("loss", "f1", "mine", "none")] == [0.5, None, 3, None]
+    assert row.get_metrics(["loss", "f1", "none"]) == {"loss": 0.5, "f1": None}
+    with pytest.raises(TypeError, match="odd is 'x', not a number"):
+        row.get_metric("odd")
+
+
+def test_a_record_is_written_as_it_was_read() -> None:
+    values = {"step": 3, "intervals": {"f1": [0.1, None]}, "unknown": {"a": [1]}}
+    row = MetricsRow.model_validate(values)
+    assert row.to_dict() == values
+    assert Record.model_validate({"a": 1}).to_dict() == {"a": 1}

@@ -62,10 +62,8 @@ def execute(
 
 
 def _create_driver(run: Run) -> Driver:
-    from lorafleet.jobs import files
-
     # Each driver is imported only when it is needed: an export must not load Ray.
-    command = files.read_json(run.path / "plan.json").get("command")
+    command = run.read_plan().command
     if command in ("export", "benchmark"):
         from lorafleet.deployment.driver import DeliveryDriver
 

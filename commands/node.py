@@ -30,11 +30,10 @@ def look(
     interface: Annotated[str, typer.Option()] = "",
 ) -> None:
     """Print this node's hardware, software and ports as one line of JSON."""
-    import json
-
     from lorafleet.cluster.execution.node import inspect_node as look_here
 
-    typer.echo(json.dumps(look_here(run, nonce, address, node, number, interface, scratch)))
+    report = look_here(run, nonce, address, node, number, interface, scratch)
+    typer.echo(report.model_dump_json())
 
 
 @node.command()

@@ -16,7 +16,6 @@ from lorafleet.evaluation.report.format import (
     format_params,
     format_short_params,
 )
-from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.events import SearchEvent
 from lorafleet.jobs.runs.records import MetricsRow, raise_damaged_file
@@ -86,7 +85,7 @@ def collect_trials(run: Run) -> list[TrialView]:
         RunError: The run's plan.json is damaged.
     """
     with raise_damaged_file(run.path / "plan.json"):
-        name, goal = _get_metric(files.read_json(run.path / "plan.json").get("job", {}))
+        name, goal = _get_metric(run.read_plan().job)
     views = []
     for trial in run.list_trials():
         # A damaged trial is named by the run's remarks.
@@ -281,8 +280,7 @@ def iterate_news(run: Run, shown_lines: set[str]) -> Iterator[str]:
 
 
 def _iterate_all_news(run: Run) -> Iterator[str]:
-    plan = files.read_json(run.path / "plan.json").get("job", {})
-    metric, _ = _get_metric(plan)
+    metric, _ = _get_metric(run.read_plan().job)
     for warning in run.read_metadata().warnings:
         yield f"note: {warning}"
     for trial in run.list_trials():

@@ -37,7 +37,7 @@ class DeliveryDriver(Driver):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.wanted = ExportRequest.from_record(self.stored["delivery"])
+        self.wanted = ExportRequest.from_record(self.plan.delivery or {})
 
     def _run_attempt(self, attempt: int) -> ExitCode:
         """Run the export or benchmark, and record the final state of the run.
@@ -56,7 +56,7 @@ class DeliveryDriver(Driver):
         try:
             code = (
                 self._export(selected, out)
-                if self.stored["command"] == "export"
+                if self.plan.command == "export"
                 else self._benchmark(selected, out)
             )
         except _StopRequested:

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.events import (
@@ -22,13 +21,14 @@ from lorafleet.jobs.runs.events import (
     WarningEvent,
 )
 from lorafleet.jobs.runs.lease import Lease, find_silent_runs
+from lorafleet.jobs.runs.records import AttemptRecord
 from lorafleet.jobs.runs.run import Run, Trial
 
 _MERGED_EVENTS = (WarningEvent, RetryEvent, BaseLoadedEvent, NoteEvent, TrackingFailedEvent)
 """Events of an array task that are copied to the whole run."""
 
 
-def merge_tasks(run: Run, metadata: dict[str, Any], say: Callable[[str], None]) -> None:
+def merge_tasks(run: Run, metadata: AttemptRecord, say: Callable[[str], None]) -> None:
     """Move the trials of all array tasks into the run, ended or not.
 
     Trials that have not ended continue from their checkpoints. An interrupted merge can be

@@ -161,16 +161,16 @@ class Comparison(TrainingDriver):
         if not (run.path / "plan.json").is_file():
             run.path.mkdir(parents=True, exist_ok=True)
             run.set_state(RunState.PENDING, created=time.time(), name=job.name)
-            plan = self.stored | {
+            plan = self.plan.to_dict() | {
                 "job": job.model_dump(mode="json"),
                 "command": "sweep",
                 "judges": False,
                 "files": {},
             }
-            placement = self.stored.get("placements", {}).get(run.path.name)
-            files.write_json(
-                run.path / "plan.json", plan | ({"placement": placement} if placement else {})
-            )
+            placement = self.plan.placements.get(run.path.name)
+            if placement:
+                plan["placement"] = placement
+            files.write_json(run.path / "plan.json", plan)
         (run.path / "logs").mkdir(exist_ok=True)
         with files.open_to_append(run.path / "logs" / "driver.log") as log:
             child = subprocess.Popen(

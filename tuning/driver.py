@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from lorafleet.cluster.execution.allocation import get_allocation
+from lorafleet.cluster.execution.allocation import make_attempt_record
 from lorafleet.cluster.execution.driver import Driver, log
 from lorafleet.cluster.ray.nodes import build_worker_environment, parse_nodes
 from lorafleet.jobs import files
@@ -28,7 +28,7 @@ class TrainingDriver(Driver):
     def _prepare_attempt(self) -> None:
         """Merge the trials of array tasks before anything is read from earlier attempts."""
         super()._prepare_attempt()
-        merge_tasks(self.run, get_allocation(), log)
+        merge_tasks(self.run, make_attempt_record(), log)
 
     @contextlib.contextmanager
     def _open_ray(self, attempt: int) -> Iterator[RayEvent]:

@@ -57,9 +57,9 @@ class Sweep(TrainingDriver):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.searching = self.stored["command"] == "sweep"
-        self.share: list[int] = self.stored.get("share") or []
-        self.judges: bool = self.stored.get("judges", True) and not self.share
+        self.searching = self.plan.command == "sweep"
+        self.share = self.plan.share
+        self.judges = self.plan.judges and not self.share
         # Time of the last check of the machines, and whether it found too few.
         self.looked_at, self.too_few = time.monotonic(), False
         self.counted = (-_COUNT_SECONDS, 0.0)  # (time of the last count, GPU-hours counted then)

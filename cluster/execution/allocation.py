@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs import lease
 from lorafleet.jobs.runs.events import NoteEvent
+from lorafleet.jobs.runs.records import AttemptRecord, StartRecord, read_rows
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.text import format_count
 
@@ -28,20 +30,49 @@ _END_REASONS = {
 _CUT_OFF_REASON = "it was killed (a preemption without notice, a lost node, or `scontrol requeue`)"
 
 
-def get_allocation() -> dict[str, Any]:
-    """Return `slurm_job`, `slurm_restart` and `submission` of this process's job.
+@dataclass(frozen=True)
+class Allocation:
+    """The Slurm job of this process."""
 
-    Returns an empty dict outside a Slurm job.
-    """
+    job: str
+    restart: int
+    """Number of times that Slurm had started the job before."""
+    submission: str
+    """Number of the run's submission."""
+
+
+def get_allocation() -> Allocation | None:
+    """Return the Slurm job of this process; None outside of one."""
     job = os.environ.get("LF_JOB")
     if job is None:
-        return {}
+        return None
     restart = int(os.environ.get("LF_RESTART") or 0)
-    return {
-        "slurm_job": job,
-        "slurm_restart": restart,
-        "submission": os.environ.get("LF_SUBMISSION", ""),
-    }
+    return Allocation(job, restart, os.environ.get("LF_SUBMISSION", ""))
+
+
+def make_attempt_record(submission: int | None = None, saved: str | None = None) -> AttemptRecord:
+    """Return what this process stores in the lease of a run.
+
+    Args:
+        submission: Number of the submission, unless the Slurm job names it.
+        saved: Digest of what the run has saved.
+    """
+    values: dict[str, Any] = {}
+    if submission is not None:
+        values["submission"] = submission
+    if saved is not None:
+        values["saved"] = saved
+    allocation = get_allocation()
+    if allocation is not None:
+        values["slurm_job"] = allocation.job
+        values["slurm_restart"] = allocation.restart
+        values["submission"] = allocation.submission
+    return AttemptRecord.model_validate(values)
+
+
+def read_starts(run: Path) -> list[StartRecord]:
+    """Return the starts and ends of a run's Slurm jobs, oldest first."""
+    return read_rows(run / "slurm" / "history.jsonl", StartRecord)
 
 
 def compute_progress_digest(run: Run) -> str:
@@ -83,7 +114,7 @@ def record_restart(run: Run) -> None:
     if not allocation:
         return
     run_attempts = lease.read_attempts(run.path)
-    message = describe_last_end(files.read_jsonl(run.path / "slurm" / "history.jsonl"), allocation)
+    message = describe_last_end(read_starts(run.path), allocation)
     if message:
         run.add_event(NoteEvent(sentence=message))
     max_restarts = int(os.environ.get("LF_MAX_RESTARTS") or 0)
@@ -96,7 +127,7 @@ def record_restart(run: Run) -> None:
         )
 
 
-def count_idle_restarts(attempts: list[dict[str, Any]]) -> int:
+def count_idle_restarts(attempts: list[AttemptRecord]) -> int:
     """Return how many of the newest attempts saved nothing new.
 
     The attempts belong to one submission; each of them found the same saved progress as the
@@ -106,37 +137,29 @@ def count_idle_restarts(attempts: list[dict[str, Any]]) -> int:
     # a new count.
     newest, idle = attempts[-1], 0
     for earlier in reversed(attempts[:-1]):
-        is_unchanged = earlier.get("submission") == newest.get("submission") and earlier.get(
-            "saved"
-        ) == newest.get("saved")
-        if not is_unchanged:
+        if (earlier.submission, earlier.saved) != (newest.submission, newest.saved):
             break
         idle += 1
     return idle
 
 
-def describe_last_end(history: list[dict[str, Any]], allocation: dict[str, Any]) -> str | None:
+def describe_last_end(history: list[StartRecord], allocation: Allocation) -> str | None:
     """Return one line on how the job's previous start ended; None for the first of a submission.
 
     Args:
-        history: Lines of slurm/history.jsonl: job, restart, event.
-        allocation: What `get_allocation` returns for the job.
+        history: Lines of slurm/history.jsonl.
+        allocation: The job.
     """
     earlier_lines = [
-        line
-        for line in history
-        if (line["job"], line["restart"]) != (allocation["slurm_job"], allocation["slurm_restart"])
+        line for line in history if (line.job, line.restart) != (allocation.job, allocation.restart)
     ]
     if not earlier_lines:
         return None
     last = earlier_lines[-1]
-    if last["job"] != allocation["slurm_job"] and last["event"] not in (*_END_REASONS, "began"):
+    if last.job != allocation.job and last.event not in (*_END_REASONS, "began"):
         return None  # an earlier submission that ended normally
     # The history of a start that was killed ends with `began`.
-    reason = _END_REASONS.get(last["event"], _CUT_OFF_REASON)
-    if last["job"] == allocation["slurm_job"]:
-        return (
-            f"Slurm started job {last['job']} again (restart {allocation['slurm_restart']}): "
-            f"{reason}"
-        )
-    return f"job {allocation['slurm_job']} continues after job {last['job']}: {reason}"
+    reason = _END_REASONS.get(last.event, _CUT_OFF_REASON)
+    if last.job == allocation.job:
+        return f"Slurm started job {last.job} again (restart {allocation.restart}): {reason}"
+    return f"job {allocation.job} continues after job {last.job}: {reason}"

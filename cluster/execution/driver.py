@@ -19,6 +19,7 @@ from typing import Any
 from lorafleet.cluster.execution.allocation import (
     compute_progress_digest,
     get_allocation,
+    make_attempt_record,
     record_restart,
 )
 from lorafleet.jobs import files
@@ -50,15 +51,15 @@ class Driver(ABC):
     """
 
     def __init__(self, run: Run) -> None:
-        self.stored = files.read_json(run.path / "plan.json")
-        if not self.stored:
+        self.plan = run.read_plan()
+        if self.plan.is_empty:
             raise RunError(
                 f"{run.path} has no plan.json: it is not a run's folder, or the submission was not "
                 "completed. Submit the job again"
             )
         self.run = run
-        self.job = JobSpec.from_record(self.stored["job"])
-        self.placement = Placement.model_validate(self.stored["placement"])
+        self.job = JobSpec.from_record(self.plan.job)
+        self.placement = Placement.model_validate(self.plan.placement)
         self.began = self.noted = time.time()
         self.earlier_seconds = float(run.read_status().wall_seconds or 0.0)
         self.told: signal.Signals | None = None  # the signal that asked the run to end
@@ -108,10 +109,9 @@ class Driver(ABC):
         if self.run.path.stat().st_mode & 0o040:
             files.share_with_group()
         os.environ.update(self.job.environment)  # before the threads and the libraries that read it
-        allocation = get_allocation()
         progress = compute_progress_digest(self.run)
         submission = files.read_json(self.run.path / SUBMISSION).get("number", 1)
-        metadata = {"submission": submission} | allocation | {"saved": progress}
+        metadata = make_attempt_record(submission, progress)
         try:
             lease = Lease.acquire(self.run.path, metadata, say=log)
         except OSError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -20,6 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lorafleet.cluster.execution.allocation import read_starts
 from lorafleet.cluster.hardware import find_gpus
 from lorafleet.jobs import files
 from lorafleet.jobs.data.hub import get_converted_folder, get_model_folder
@@ -27,6 +29,7 @@ from lorafleet.jobs.data.local_copy import create_node_copy
 from lorafleet.jobs.errors import PlacementRefused, RunError
 from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.lease import find_newest_attempt, read_attempts
+from lorafleet.jobs.runs.records import AttemptRecord, StartRecord
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.schema.job import JobSpec
@@ -41,9 +44,34 @@ _WORKER_PORT_OFFSET = 20
 """Offset of the first worker's port in a block; the ports before it are Ray's own."""
 
 
+class NodeReport(BaseModel):
+    """What one node of a job shows, sent to the head as a line of JSON."""
+
+    model_config = ConfigDict(frozen=True)
+
+    node: str
+    """Name of the node."""
+    number: int
+    """Rank of the node; the lowest is the head."""
+    address: str
+    """IPv4 address; empty if the node has none."""
+    problem: str | None
+    """Why the node cannot be used, as a verb phrase; None if it can."""
+    nonce: str
+    """Text of the nonce in the run's folder; empty if the node does not see it."""
+    driver: str
+    """Version of the GPU driver; empty without GPUs."""
+    gpus: int
+    gpu_memory_gib: float
+    busy: list[int]
+    """Ports that something listens on."""
+    versions: dict[str, str]
+    """Pinned package -> installed version."""
+
+
 def inspect_node(
     run: Path, nonce: str, address: str, node: str, number: int, interface: str, scratch: Path
-) -> dict[str, Any]:
+) -> NodeReport:
     """Return this node's report: versions, GPUs, busy ports, and the nonce in the run's folder.
 
     Folders that killed jobs left in `scratch` are removed.
@@ -68,18 +96,18 @@ def inspect_node(
             if interface
             else "has no IPv4 address except the loopback address"
         )
-    return {
-        "node": node,
-        "number": number,
-        "address": address,
-        "wrong": problem,
-        "nonce": nonce_text,
-        "driver": gpus.driver,
-        "gpus": gpus.count,
-        "gpu_memory_gib": round(gpus.memory_gib, 1),
-        "busy": find_busy_ports(),
-        **collect_versions(),
-    }
+    return NodeReport(
+        node=node,
+        number=number,
+        address=address,
+        problem=problem,
+        nonce=nonce_text,
+        driver=gpus.driver,
+        gpus=gpus.count,
+        gpu_memory_gib=round(gpus.memory_gib, 1),
+        busy=find_busy_ports(),
+        versions=collect_versions(),
+    )
 
 
 def collect_versions() -> dict[str, str]:
@@ -134,69 +162,86 @@ def find_busy_ports() -> list[int]:
 
 
 def find_disagreements(
-    reports: list[dict[str, Any]], nonce: str, nodes: int, pinned: dict[str, str], run: str
+    reports: list[NodeReport], nonce: str, nodes: int, pinned: dict[str, str], run: str
 ) -> list[str]:
     """Return a message for every difference between nodes, or from the run's first start. Pure.
 
     Drivers are compared only between nodes with GPUs, so a head without GPUs is not checked.
     """
-    ordered = sorted(reports, key=lambda report: int(report["number"]))
+    ordered = sorted(reports, key=lambda report: report.number)
     messages = []
     if len(ordered) < nodes:
-        answered = ", ".join(report["node"] for report in ordered) or "none"
+        answered = ", ".join(report.node for report in ordered) or "none"
         messages.append(
             f"only {len(ordered)} of {nodes} nodes answered ({answered}); see the output of the "
             "other nodes above"
         )
     for report in ordered:
-        if report["nonce"] != nonce:
+        if report.nonce != nonce:
             messages.append(
-                f"{report['node']} does not see the current contents of {run}: runs_dir must be a "
+                f"{report.node} does not see the current contents of {run}: runs_dir must be a "
                 "folder that all nodes share"
             )
-        if report["wrong"]:
-            messages.append(f"{report['node']} {report['wrong']}")
+        if report.problem:
+            messages.append(f"{report.node} {report.problem}")
     # Without all reports from one shared folder, a comparison of versions would be misleading.
     if messages:
         return messages
+    messages = _compare_versions(ordered) + _compare_gpus(ordered)
     first = ordered[0]
-    for report in ordered[1:]:
-        messages += [
-            f"{report['node']} has {name} {report[name]}, but {first['node']} has {first[name]}: "
-            "the setup lines of the site file must create the same environment on every node"
-            for name in PINNED
-            if report[name] != first[name]
-        ]
-    gpu_reports = [report for report in ordered if report["gpus"]]
-    for report in gpu_reports[1:]:
-        reference = gpu_reports[0]
-        messages += [
-            f"{report['node']} has {description} {report[name]}{unit}, but {reference['node']} has "
-            f"{reference[name]}{unit}: request nodes of one kind (constraint in the site file)"
-            for name, description, unit in (
-                ("driver", "driver", ""),
-                ("gpu_memory_gib", "GPU memory", " GiB"),
-            )
-            if report[name] != reference[name]
-        ]
-    missing = [name for name in PINNED if first[name] == "not installed"]
+    missing = [name for name in PINNED if first.versions[name] == "not installed"]
     if missing:
         messages.append(
             f"{', '.join(missing)} is not installed in the environment that the site's setup lines "
             "create: install it, or correct `setup` in the site file"
         )
     changed = [
-        name for name, version in pinned.items() if name in PINNED and first[name] != version
+        name
+        for name, version in pinned.items()
+        if name in PINNED and first.versions[name] != version
     ]
     # A resumed run with other versions would compare trials that different code trained.
     if changed and not messages:
         description = ", ".join(
-            (f"{name} {first[name]} instead of {pinned[name]}") for name in changed
+            f"{name} {first.versions[name]} instead of {pinned[name]}" for name in changed
         )
         messages.append(
-            f"the environment has changed since the run started: {first['node']} has "
+            f"the environment has changed since the run started: {first.node} has "
             f"{description}. Restore the old environment, or start a new run"
         )
+    return messages
+
+
+def _compare_versions(reports: list[NodeReport]) -> list[str]:
+    """Return a message for each package whose version differs from the first node's."""
+    first = reports[0]
+    return [
+        f"{report.node} has {name} {report.versions[name]}, but {first.node} has "
+        f"{first.versions[name]}: the setup lines of the site file must create the same "
+        "environment on every node"
+        for report in reports[1:]
+        for name in PINNED
+        if report.versions[name] != first.versions[name]
+    ]
+
+
+def _compare_gpus(reports: list[NodeReport]) -> list[str]:
+    """Return a message for each driver and GPU memory that differs between nodes with GPUs."""
+    messages = []
+    gpu_reports = [report for report in reports if report.gpus]
+    for report in gpu_reports[1:]:
+        first = gpu_reports[0]
+        advice = "request nodes of one kind (constraint in the site file)"
+        if report.driver != first.driver:
+            messages.append(
+                f"{report.node} has driver {report.driver}, but {first.node} has {first.driver}: "
+                f"{advice}"
+            )
+        if report.gpu_memory_gib != first.gpu_memory_gib:
+            messages.append(
+                f"{report.node} has GPU memory {report.gpu_memory_gib} GiB, but {first.node} has "
+                f"{first.gpu_memory_gib} GiB: {advice}"
+            )
     return messages
 
 
@@ -226,21 +271,16 @@ def choose_ports(busy: list[int], cpus: int, job: int) -> tuple[int, int]:
 
 
 def count_starts_without_driver(
-    history: list[dict[str, Any]], attempts: list[dict[str, Any]], submission: str
+    history: list[StartRecord], attempts: list[AttemptRecord], submission: str
 ) -> int:
     """Return how many of a submission's newest starts never reached a driver. Pure.
 
     The start in progress is counted too.
     """
-    starts_with_driver = {
-        (attempt.get("slurm_job"), attempt.get("slurm_restart")) for attempt in attempts
-    }
+    starts_with_driver = {(attempt.slurm_job, attempt.slurm_restart) for attempt in attempts}
     count = 0
-    for line in reversed([line for line in history if line["event"] == "began"]):
-        if (
-            line.get("submission") != submission
-            or (line["job"], line["restart"]) in starts_with_driver
-        ):
+    for line in reversed([line for line in history if line.event == "began"]):
+        if line.submission != submission or (line.job, line.restart) in starts_with_driver:
             break
         count += 1
     return count
@@ -253,7 +293,7 @@ def check_starts(run: Path) -> None:
     inspected or Ray starts.
     """
     max_restarts = int(os.environ.get("LF_MAX_RESTARTS") or 0)
-    history = files.read_jsonl(run / "slurm" / "history.jsonl")
+    history = read_starts(run)
     count = count_starts_without_driver(
         history, read_attempts(run), os.environ.get("LF_SUBMISSION", "")
     )
@@ -283,17 +323,16 @@ def resolve_ray_address(
     problems = find_disagreements(node_reports, nonce, nodes, pinned, str(run))
     if problems:
         raise PlacementRefused("; ".join(problems))
-    first = min(node_reports, key=lambda report: int(report["number"]))
+    first = min(node_reports, key=lambda report: report.number)
     # Only after all nodes agreed: later starts are compared with this file.
     if not pinned:
-        files.write_json(environment_file, {name: first[name] for name in PINNED})
-    ports = choose_ports(
-        sorted({port for report in node_reports for port in report["busy"]}), cpus, job
-    )
-    return f"{first['address']} {ports[0]} {ports[1]}"
+        files.write_json(environment_file, {name: first.versions[name] for name in PINNED})
+    busy = sorted({port for report in node_reports for port in report.busy})
+    first_port, last_port = choose_ports(busy, cpus, job)
+    return f"{first.address} {first_port} {last_port}"
 
 
-def read_reports(text: str) -> list[dict[str, Any]]:
+def read_reports(text: str) -> list[NodeReport]:
     """Return the nodes' reports; any other output of a site's programs is ignored.
 
     Args:
@@ -301,12 +340,8 @@ def read_reports(text: str) -> list[dict[str, Any]]:
     """
     reports = []
     for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"node", "number", "nonce"} <= set(row):
-            reports.append(row)
+        with contextlib.suppress(ValidationError):
+            reports.append(NodeReport.model_validate_json(line))
     return reports
 
 
@@ -315,7 +350,7 @@ def stage_models(run: Run, target: Path, say: Callable[[str], None]) -> None:
 
     Models that are already present are not copied.
     """
-    job = JobSpec.from_record(files.read_json(run.path / "plan.json")["job"])
+    job = JobSpec.from_record(run.read_plan().job)
     for name, revision in list_base_models(job):
         folder = get_model_folder(name, revision)
         if (
@@ -382,7 +417,7 @@ def stop_before_deletion(run: Run, seconds: float, *, drain: bool) -> None:
                 timeout=30,
                 stdin=subprocess.DEVNULL,
             )
-    elif read_attempts(run.path)[-1].get("machine", [None])[0] != os.uname().nodename:
+    elif read_attempts(run.path)[-1].host != os.uname().nodename:
         return  # a driver on another machine has the run now
     elif not (run.path / "stop").exists():  # a user's stop request stays until `resume`
         files.write_text(

@@ -101,7 +101,7 @@ class RemoteBackend(ABC, Generic[AwaySite]):
             download_new_record(runner, self.get_run_folder(name), run.path)
         # The folder was created here, by this user: later commands may act on it.
         record_own_run(run.path)
-        nodes = int(files.read_json(run.path / "plan.json").get("nodes") or 1)
+        nodes = run.read_plan().nodes
         record = SubmissionRecord(
             kind=self.site.kind,
             site=self.site.model_dump(mode="json"),

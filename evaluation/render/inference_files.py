@@ -6,15 +6,15 @@ With them, plain transformers prepares prompts and ends answers as in training.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from lorafleet.evaluation.render.manifest import PromptMetadata
 from lorafleet.evaluation.tokenizer import load_chat_format, silence_libraries
 from lorafleet.evaluation.tokens import prepare
 from lorafleet.jobs import files
 from lorafleet.jobs.schema.job import JobSpec
 
 
-def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
+def save_inference_files(job: JobSpec, folder: Path) -> PromptMetadata:
     """Save the tokenizer, and for a generating model the generation settings, beside weights.
 
     The tokenizer has the chat template of training; `generation_config.json` has its end
@@ -25,13 +25,7 @@ def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
         folder: Folder of the weights. Files of the same names are replaced.
 
     Returns:
-        What the model card's code needs to build a prompt: `tokenizer` (True), and of a
-            generating model `conversation` (whether rows are messages), `chat_template`
-            (whether a template renders them), `content_as_parts` (whether it takes lists of
-            parts), `start` (text of the token that a prompt begins with, unless the
-            template writes it), `system_message` (role and content, if all rows have the
-            same), `answer_marker` (text after which the answer begins, if the model writes
-            something before it).
+        What the model card's code needs to build a prompt.
 
     Raises:
         AssetError: The model or the data is not on this machine.
@@ -41,7 +35,7 @@ def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
     with silence_libraries():
         chat.tokenizer.save_pretrained(str(folder))
     if not job.is_generative:
-        return {"tokenizer": True}
+        return PromptMetadata(tokenizer=True)
     from transformers import GenerationConfig
 
     data = prepare(job)
@@ -65,17 +59,13 @@ def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
     files.write_text(folder / "generation_config.json", config.to_json_string())
     conversation = data.frame is not None
     has_template = conversation and bool(chat.template.source)
-    begins_with_frame = data.frame is not None and data.frame.strict
-    return {
-        "tokenizer": True,
-        "conversation": conversation,
-        "chat_template": has_template,
-        "content_as_parts": has_template and chat.template.needs_content_parts,
-        "start": "" if has_template else chat.tokenizer.bos_token or "",
-        "system_message": {"role": data.system.role, "content": data.system.content}
-        if data.system
-        else None,
-        "answer_marker": data.frame.marker
-        if data.frame is not None and begins_with_frame
-        else None,
-    }
+    system = data.system
+    return PromptMetadata(
+        tokenizer=True,
+        conversation=conversation,
+        chat_template=has_template,
+        content_as_parts=has_template and chat.template.needs_content_parts,
+        start="" if has_template else chat.tokenizer.bos_token or "",
+        system_message={"role": system.role, "content": system.content} if system else None,
+        answer_marker=data.frame.marker if data.frame is not None and data.frame.strict else None,
+    )

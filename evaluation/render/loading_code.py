@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorafleet.evaluation.render.manifest import PromptMetadata
 from lorafleet.jobs.schema.model_kinds import UNQUANTIZED_MODULES
 
 
@@ -41,8 +42,7 @@ class LoadingMetadata:
     """Modules that were trained and saved in full with the adapter; they are not quantised."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """The job's `data.chat_template_kwargs`."""
-    prompt: Mapping[str, Any] = field(default_factory=dict)
-    """Return value of `evaluation.inference_files.save_inference_files`."""
+    prompt: PromptMetadata = field(default_factory=PromptMetadata)
 
 
 def build_loading_code(metadata: LoadingMetadata) -> list[str]:
@@ -173,7 +173,7 @@ def _render_generation(metadata: LoadingMetadata) -> list[str]:
         "skip_special_tokens=True)",
     ]
     # Some templates make the model write a header or thinking block before its answer.
-    marker = metadata.prompt.get("answer_marker")
+    marker = metadata.prompt.answer_marker
     if marker:
         lines.append(f"answer = answer.split({marker!r})[-1]")
     return [*lines, "print(answer.strip())"]
@@ -181,23 +181,23 @@ def _render_generation(metadata: LoadingMetadata) -> list[str]:
 
 def _render_prompt(metadata: LoadingMetadata) -> list[str]:
     """Return the lines that build `prompt` as in training."""
-    start = metadata.prompt.get("start") or ""
-    if not metadata.prompt.get("conversation"):
+    start = metadata.prompt.start
+    if not metadata.prompt.conversation:
         return [
             f"prompt = {start!r} + 'the beginning of a text'"
             if start
             else "prompt = 'the beginning of a text'"
         ]
-    system = metadata.prompt.get("system_message")
-    messages = [system] if isinstance(system, dict) else []
-    messages = [*messages, {"role": "user", "content": "a question"}]
-    if metadata.prompt.get("content_as_parts"):
+    system = metadata.prompt.system_message
+    turns = [*([system] if system else []), {"role": "user", "content": "a question"}]
+    messages: list[Mapping[str, Any]] = list(turns)
+    if metadata.prompt.content_as_parts:
         messages = [
             {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]}
-            for turn in messages
+            for turn in turns
         ]
     lines = ["messages = [", *(f"    {message!r}," for message in messages), "]"]
-    if metadata.prompt.get("chat_template"):
+    if metadata.prompt.chat_template:
         options = f", **{dict(metadata.template_kwargs)!r}" if metadata.template_kwargs else ""
         call = (
             "tokenizer.apply_chat_template(messages, tokenize=False, "

@@ -7,17 +7,20 @@ written again whenever the report is, because another trial may be recommended t
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from lorafleet.evaluation.render.loading_code import LoadingMetadata, build_loading_code
+from lorafleet.evaluation.render.manifest import Manifest, PromptMetadata, WeightsMetadata
 from lorafleet.evaluation.report.format import escape_markdown, format_number
 from lorafleet.jobs import files
 from lorafleet.jobs.data.adapters import read_config
 from lorafleet.jobs.data.hub import resolve_public_base
 from lorafleet.jobs.data.weight_names import read_weight_dtypes
 from lorafleet.jobs.errors import AssetError
+from lorafleet.jobs.runs.records import DamagedFile, read_typed
 from lorafleet.jobs.runs.report import Report, Row
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.precision import parse_weights_format
@@ -47,7 +50,7 @@ def find_recommended_weights(run: Run, report: Report) -> Path | None:
     return weights if inside and weights.is_dir() else None
 
 
-def write_card(run: Run, report: Report, prompt: dict[str, Any] | None = None) -> None:
+def write_card(run: Run, report: Report, prompt: PromptMetadata | None = None) -> None:
     """Write README.md and manifest.json beside the recommended weights, if they are on disk.
 
     Args:
@@ -62,23 +65,28 @@ def write_card(run: Run, report: Report, prompt: dict[str, Any] | None = None) -
         return
     trial = Trial(weights.parent)
     if prompt is None:
-        earlier = files.read_json(weights / "manifest.json").get("prompt")
-        prompt = earlier if isinstance(earlier, dict) else {}
+        earlier = read_manifest(weights)
+        prompt = earlier.prompt if earlier is not None else PromptMetadata()
     manifest = build_manifest(run, report, trial, prompt)
-    files.write_json(weights / "manifest.json", manifest)
+    files.write_json(weights / "manifest.json", manifest.to_dict())
     files.write_text(weights / "README.md", render_card(manifest, report))
 
 
-def build_manifest(
-    run: Run, report: Report, trial: Trial, prompt: dict[str, Any]
-) -> dict[str, Any]:
+def read_manifest(weights: Path) -> Manifest | None:
+    """Return the manifest beside weights; None if there is none, or a damaged one."""
+    with contextlib.suppress(DamagedFile):
+        return read_typed(weights / "manifest.json", Manifest)
+    return None
+
+
+def build_manifest(run: Run, report: Report, trial: Trial, prompt: PromptMetadata) -> Manifest:
     """Return the contents of manifest.json: everything that the card says, for programs.
 
     Args:
         run: The run.
         report: Its report.
         trial: The recommended trial.
-        prompt: What `save_inference_files` returned; empty without a saved tokenizer.
+        prompt: What `save_inference_files` returned.
     """
     row = _get_row_with_held_out_metrics(report, str(report.recommendation.trial_id))
     resolved = trial.read_params().resolved
@@ -88,54 +96,62 @@ def build_manifest(
         base, revision = resolve_public_base(name, resolved.get("model", {}).get("revision"))
     except AssetError:  # an asset that this version does not have
         base, revision = name, None
-    return {
-        "run": run.id,
-        "trial_id": trial.id,
-        "base_model": base,
-        "base_model_revision": revision,
-        "base_model_in_job": name,
-        "model_revisions": report.facts.get("model_revisions", {}),
-        "data": report.data,
-        "data_sha256": report.facts.get("data_sha256", {}),
-        "rows": report.rows_count,
-        "labels": report.facts.get("labels", []),
-        "weights": describe_weights(trial, row, resolved),
-        "prompt": prompt,
-        "resolved": resolved,
-        "validation": row.metrics,
-        report.held_out: row.test_metrics,
-        "recommendation": report.recommendation.sentence,
-        "versions": report.versions,
-    }
+    held_out = {"test": row.test_metrics}
+    if report.held_out == "validation":
+        held_out = {"validation": row.test_metrics}
+    return Manifest(
+        run=run.id,
+        trial_id=trial.id,
+        base_model=base,
+        base_model_revision=revision,
+        base_model_in_job=name,
+        model_revisions=report.facts.get("model_revisions", {}),
+        data=report.data,
+        data_sha256=report.facts.get("data_sha256", {}),
+        rows=report.rows_count,
+        labels=report.facts.get("labels") or [],
+        weights=describe_weights(trial, row, resolved),
+        prompt=prompt,
+        resolved=resolved,
+        recommendation=report.recommendation.sentence,
+        versions=report.versions,
+        **{"validation": row.metrics, **held_out},
+    )
 
 
-def describe_weights(trial: Trial, row: Row, resolved: dict[str, Any]) -> dict[str, Any]:
-    """Return metadata of the saved weights: those of the best evaluation, not of the last step.
+def describe_weights(trial: Trial, row: Row, resolved: dict[str, Any]) -> WeightsMetadata:
+    """Return metadata of the saved weights.
 
-    Keys: `step` and `samples` (training rows) at which they were saved, `trained_steps`,
-    `trained_samples`, `trainable_parameters`, `number_formats` of training and `dtypes` of
-    the files. LoRA adds `lora_r` as trained, `stored_lora_r` as saved (twice as large for
-    initialisations that change the base: PiSSA, OLoRA) and `modules_to_save` (modules that
-    are saved whole beside the adapter).
+    Args:
+        trial: The trial that saved them.
+        row: Its row of the report.
+        resolved: The fields that it was trained with.
     """
-    metadata: dict[str, Any] = {
-        "step": row.weights_step,
-        "samples": None,
-        "trained_steps": row.step,
-        "trained_samples": row.samples,
-        "trainable_parameters": row.trainable_parameters,
-        "number_formats": row.number_formats,
-        "dtypes": [_DTYPE_NAMES.get(dtype, dtype) for dtype in read_weight_dtypes(trial.weights)],
-    }
-    for point in trial.read_metrics():
-        if point.step == row.weights_step and point.samples is not None:
-            metadata["samples"] = point.samples
+    dtypes = [_DTYPE_NAMES.get(dtype, dtype) for dtype in read_weight_dtypes(trial.weights)]
+    samples = [
+        point.samples
+        for point in trial.read_metrics()
+        if point.step == row.weights_step and point.samples is not None
+    ]
+    metadata = WeightsMetadata(
+        step=row.weights_step,
+        samples=samples[-1] if samples else None,
+        trained_steps=row.step,
+        trained_samples=row.samples,
+        trainable_parameters=row.trainable_parameters,
+        number_formats=row.number_formats,
+        dtypes=dtypes,
+    )
     config = read_config(trial.weights) or {}
-    if config.get("peft_type") == "LORA":
-        metadata["modules_to_save"] = list(config.get("modules_to_save") or [])
-        metadata["lora_r"] = resolved.get("lora", {}).get("lora_r")
-        metadata["stored_lora_r"] = config.get("r")
-    return metadata
+    if config.get("peft_type") != "LORA":
+        return metadata
+    return metadata.model_copy(
+        update={
+            "modules_to_save": list(config.get("modules_to_save") or []),
+            "lora_r": resolved.get("lora", {}).get("lora_r"),
+            "stored_lora_r": config.get("r"),
+        }
+    )
 
 
 def _get_row_with_held_out_metrics(report: Report, trial_id: str) -> Row:
@@ -145,14 +161,14 @@ def _get_row_with_held_out_metrics(report: Report, trial_id: str) -> Row:
     return row if arm is None else row.model_copy(update={"test_metrics": arm.metrics})
 
 
-def render_card(manifest: dict[str, Any], report: Report) -> str:
+def render_card(manifest: Manifest, report: Report) -> str:
     """Return README.md."""
-    resolved, method = manifest["resolved"], str(manifest["resolved"].get("method", "lora"))
+    method = manifest.method
     lines = [
-        *_render_front_matter(manifest, method),
-        f"# {'Model' if method == 'full' else 'Adapter'} {manifest['trial_id']}",
+        *_render_front_matter(manifest),
+        f"# {'Model' if method == 'full' else 'Adapter'} {manifest.trial_id}",
         "",
-        f"{_TITLES[method].format(escape_markdown(manifest['base_model']))}, trained for "
+        f"{_TITLES[method].format(escape_markdown(manifest.base_model))}, trained for "
         f"{report.task} on {escape_markdown(report.data)} by lorafleet run `{report.run}`.",
         "",
         escape_markdown(report.recommendation.sentence),
@@ -164,14 +180,14 @@ def render_card(manifest: dict[str, Any], report: Report) -> str:
         "",
         *_render_weights_section(manifest),
         "",
-        *_render_loading_section(manifest, report.task, method),
+        *_render_loading_section(manifest, report.task),
         "## Data",
         "",
         *_render_data_section(manifest),
         "",
         "## Configuration",
         "",
-        *(f"    {line}" for line in json.dumps(resolved, indent=2).splitlines()),
+        *(f"    {line}" for line in json.dumps(manifest.resolved, indent=2).splitlines()),
         "",
         "## Versions",
         "",
@@ -183,19 +199,19 @@ def render_card(manifest: dict[str, Any], report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _render_front_matter(manifest: dict[str, Any], method: str) -> list[str]:
+def _render_front_matter(manifest: Manifest) -> list[str]:
     """Return the metadata that the Hugging Face Hub reads.
 
     The Hub accepts only Hub ids as `base_model`, so a folder is left out.
     """
-    lines = ["---", f"library_name: {'transformers' if method == 'full' else 'peft'}"]
-    if not Path(manifest["base_model"]).is_absolute():
-        lines.append(f"base_model: {json.dumps(manifest['base_model'])}")
-    return [*lines, f"tags: [{method}, lorafleet]", "---", ""]
+    lines = ["---", f"library_name: {'transformers' if manifest.method == 'full' else 'peft'}"]
+    if not Path(manifest.base_model).is_absolute():
+        lines.append(f"base_model: {json.dumps(manifest.base_model)}")
+    return [*lines, f"tags: [{manifest.method}, lorafleet]", "---", ""]
 
 
-def _render_metric_table(manifest: dict[str, Any], held_out: str) -> list[str]:
-    validation, test = manifest["validation"] or {}, manifest.get(held_out) or {}
+def _render_metric_table(manifest: Manifest, held_out: str) -> list[str]:
+    validation, test = manifest.validation or {}, manifest.get_held_out_metrics(held_out)
     names = dict.fromkeys([*validation, *test])
     return [
         f"| metric | validation | {held_out} |",
@@ -208,41 +224,36 @@ def _render_metric_table(manifest: dict[str, Any], held_out: str) -> list[str]:
     ]
 
 
-def _render_weights_section(manifest: dict[str, Any]) -> list[str]:
-    weights, base = manifest["weights"], manifest["base_model"]
-    revision = (
-        f", revision `{escape_markdown(manifest['base_model_revision'])}`"
-        if manifest["base_model_revision"]
-        else ""
-    )
-    lines = [f"- Base model: {escape_markdown(base)}{revision}"]
-    if manifest["base_model_in_job"] != base:
-        digest = str(manifest["model_revisions"].get(manifest["base_model_in_job"], ""))[:12]
+def _render_weights_section(manifest: Manifest) -> list[str]:
+    weights, name = manifest.weights, escape_markdown(manifest.base_model_in_job)
+    base_line = f"- Base model: {escape_markdown(manifest.base_model)}"
+    if manifest.base_model_revision:
+        base_line += f", revision `{escape_markdown(manifest.base_model_revision)}`"
+    lines = [base_line]
+    if manifest.base_model_in_job != manifest.base_model:
+        digest = manifest.model_revisions.get(manifest.base_model_in_job, "")[:12]
         pinned = f" (SHA-256 {digest}...)" if digest else ""
         lines.append(
-            f"- Trained on `{escape_markdown(manifest['base_model_in_job'])}`{pinned}, lorafleet's "
-            "copy of the base model. Its weights may be rounded differently from those on the hub, "
-            "so metrics on the hub's copy can differ slightly. `lorafleet fetch "
-            f"{escape_markdown(manifest['base_model_in_job'])}` prints the folder of the copy"
+            f"- Trained on `{name}`{pinned}, lorafleet's copy of the base model. Its weights may "
+            "be rounded differently from those on the hub, so metrics on the hub's copy can differ "
+            f"slightly. `lorafleet fetch {name}` prints the folder of the copy"
         )
-    if weights["step"] is not None:
-        rows = (
-            f" ({format_count(weights['samples'], 'training row')} seen)"
-            if weights["samples"] is not None
-            else ""
-        )
+    if weights.step is not None:
+        rows = ""
+        if weights.samples is not None:
+            rows = f" ({format_count(weights.samples, 'training row')} seen)"
         lines.append(
-            f"- Saved at step {weights['step']:,} of {weights['trained_steps']:,}{rows}, the step "
+            f"- Saved at step {weights.step:,} of {weights.trained_steps or 0:,}{rows}, the step "
             "with the best evaluation on the validation rows. The metrics above are those of these "
             "weights"
         )
-    if weights["dtypes"]:
-        lines.append(f"- Stored as {', '.join(map(str, weights['dtypes']))}")
-    if weights["number_formats"]:
-        lines.append(f"- Trained with {escape_markdown(str(weights['number_formats']))}")
-    if weights["trainable_parameters"] is not None:
-        lines.append(f"- Trained parameters: {weights['trainable_parameters']:,}")
-    rank, stored = weights.get("lora_r"), weights.get("stored_lora_r")
+    if weights.dtypes:
+        lines.append(f"- Stored as {', '.join(weights.dtypes)}")
+    if weights.number_formats:
+        lines.append(f"- Trained with {escape_markdown(weights.number_formats)}")
+    if weights.trainable_parameters is not None:
+        lines.append(f"- Trained parameters: {weights.trainable_parameters:,}")
+    rank, stored = weights.lora_r, weights.stored_lora_r
     if rank is not None and stored == rank:
         lines.append(f"- LoRA rank: {rank}")
     elif rank is not None:
@@ -254,7 +265,7 @@ def _render_weights_section(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _render_loading_section(manifest: dict[str, Any], task: str, method: str) -> list[str]:
+def _render_loading_section(manifest: Manifest, task: str) -> list[str]:
     """Return the section on loading the weights.
 
     Empty for weights of earlier versions, which have no tokenizer beside them.
@@ -262,9 +273,8 @@ def _render_loading_section(manifest: dict[str, Any], task: str, method: str) ->
     Args:
         manifest: What `build_manifest` returned.
         task: Task of the run.
-        method: Training method.
     """
-    metadata = build_loading_metadata(manifest, task, method)
+    metadata, method = build_loading_metadata(manifest, task), manifest.method
     if metadata is None:
         return []
     code = build_loading_code(metadata)
@@ -276,7 +286,7 @@ def _render_loading_section(manifest: dict[str, Any], task: str, method: str) ->
     if method == "qlora":
         packages.append("bitsandbytes")
     tokenizer = "The tokenizer is in this folder."
-    if manifest["prompt"].get("chat_template"):
+    if manifest.prompt.chat_template:
         tokenizer = "The tokenizer in this folder has the chat template of training."
     return [
         "## How to load it",
@@ -290,42 +300,40 @@ def _render_loading_section(manifest: dict[str, Any], task: str, method: str) ->
     ]
 
 
-def build_loading_metadata(
-    manifest: dict[str, Any], task: str, method: str
-) -> LoadingMetadata | None:
+def build_loading_metadata(manifest: Manifest, task: str) -> LoadingMetadata | None:
     """Return what the loading code depends on; None if no tokenizer was saved with the weights."""
-    prompt, resolved = manifest["prompt"], manifest["resolved"]
-    if not prompt.get("tokenizer"):
+    resolved = manifest.resolved
+    if not manifest.prompt.tokenizer:
         return None
-    formats = str(manifest["weights"]["number_formats"] or "")
+    formats = manifest.weights.number_formats or ""
     return LoadingMetadata(
-        method=method,
+        method=manifest.method,
         task=task,
-        base=manifest["base_model"],
-        revision=manifest["base_model_revision"],
+        base=manifest.base_model,
+        revision=manifest.base_model_revision,
         dtype=parse_weights_format(formats) or "float32",
         trust_remote_code=bool(resolved.get("model", {}).get("trust_remote_code")),
-        labels=[str(label) for label in manifest["labels"]],
+        labels=[str(label) for label in manifest.labels],
         max_length=int(resolved.get("model", {}).get("max_length") or 512),
         quantization=resolved.get("qlora") or {},
-        saved_modules=[str(name) for name in manifest["weights"].get("modules_to_save") or []],
+        saved_modules=manifest.weights.modules_to_save or [],
         template_kwargs=resolved.get("data", {}).get("chat_template_kwargs") or {},
-        prompt=prompt,
+        prompt=manifest.prompt,
     )
 
 
-def _render_data_section(manifest: dict[str, Any]) -> list[str]:
+def _render_data_section(manifest: Manifest) -> list[str]:
     lines = []
-    for split, digest in manifest["data_sha256"].items():
-        rows = manifest["rows"].get(split)
+    for split, digest in manifest.data_sha256.items():
+        rows = manifest.rows.get(split)
         count = f"{format_count(rows, 'row')}, " if rows is not None else ""
         lines.append(
             f"- {escape_markdown(split)}: {count}file SHA-256 `{escape_markdown(str(digest))}`"
         )
-    if manifest["labels"]:
+    if manifest.labels:
         labels = (
             f"{index} = {escape_markdown(json.dumps(label))}"
-            for index, label in enumerate(manifest["labels"])
+            for index, label in enumerate(manifest.labels)
         )
         lines.append(f"- labels: {', '.join(labels)}")
     return lines

@@ -21,7 +21,6 @@ from lorafleet.evaluation.render.trial_table import (
     build_folds_table,
     build_ratings_table,
 )
-from lorafleet.jobs import files
 from lorafleet.jobs.runs.events import TrackingFailedEvent
 from lorafleet.jobs.runs.lease import StaleAttempt
 from lorafleet.jobs.runs.run import Run
@@ -89,21 +88,17 @@ def _log_report(run: Run, job: JobSpec, report: Report, mode: Mode, name: str) -
 
 def _describe_recommended_weights(run: Run, report: Report) -> dict[str, Any]:
     """Return the manifest's data on the recommended weights, by the names of W&B's summary."""
-    from lorafleet.evaluation.render.model_card import find_recommended_weights
+    from lorafleet.evaluation.render.model_card import find_recommended_weights, read_manifest
 
     folder = find_recommended_weights(run, report)
-    manifest = files.read_json(folder / "manifest.json") if folder is not None else {}
-    if not manifest:
+    manifest = read_manifest(folder) if folder is not None else None
+    if manifest is None:
         return {}
-    summary = {"base_model": manifest["base_model"]}
-    summary |= {f"weights/{name}": value for name, value in manifest["weights"].items()}
-    summary |= {
-        f"validation/{name}": value for name, value in (manifest["validation"] or {}).items()
-    }
-    summary |= {
-        f"{report.held_out}/{name}": value
-        for name, value in (manifest[report.held_out] or {}).items()
-    }
+    held_out = manifest.get_held_out_metrics(report.held_out)
+    summary: dict[str, Any] = {"base_model": manifest.base_model}
+    summary |= {f"weights/{name}": value for name, value in manifest.weights.to_dict().items()}
+    summary |= {f"validation/{name}": value for name, value in (manifest.validation or {}).items()}
+    summary |= {f"{report.held_out}/{name}": value for name, value in held_out.items()}
     return {name: value for name, value in summary.items() if value is not None}
 
 

@@ -9,7 +9,6 @@ from lorafleet.evaluation.report.search import (
     collect_results,
     load_run_job,
 )
-from lorafleet.jobs import files
 from lorafleet.jobs.extras import has_module
 from lorafleet.jobs.runs.records import raise_damaged_file
 from lorafleet.jobs.runs.report import Report
@@ -38,7 +37,7 @@ def build_report(run: Run) -> Report:
         RunError: The folder is not a complete run, a needed file is damaged, or its job is
             of another version.
     """
-    command = files.read_json(run.path / "plan.json").get("command")
+    command = run.read_plan().command
     # A benchmark has no trials to build its report from, and a client-only installation has no
     # scipy for the intervals: both have the report that the run itself wrote.
     if command == "benchmark" or not has_module("scipy"):

@@ -54,14 +54,14 @@ def load_run_job(run: Run) -> JobSpec:
     Raises:
         RunError: The folder is not a complete run, or its job is of another version.
     """
-    plan = files.read_json(run.path / "plan.json")
-    if "job" not in plan:
+    plan = run.read_plan()
+    if not plan.job:
         raise RunError(
             f"{run.path} has no plan.json: it is not a run's folder, or the submission was not "
             "completed. Submit the job again"
         )
     try:
-        return JobSpec.from_record(plan["job"])
+        return JobSpec.from_record(plan.job)
     except ValidationError as error:
         raise RunError(describe_unreadable_file(run.path / "plan.json", error)) from None
 
@@ -114,9 +114,9 @@ def collect_results(run: Run) -> Report:
     job = load_run_job(run)
     metadata = run.read_metadata()
     metric = job.metric
-    plan = files.read_json(run.path / "plan.json")
+    plan = run.read_plan()
     validation_rows = metadata.rows.get("validation", 0)
-    rows = load_trial_rows(run, job, validation_rows) if plan.get("command") != "compare" else []
+    rows = load_trial_rows(run, job, validation_rows) if plan.command != "compare" else []
     labels = {row.trial_id: format_params(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _compute_rank(row, metric.name, metric.goal))
     folds = summarize_folds(rows, metric.name, metric.goal)
@@ -138,9 +138,9 @@ def collect_results(run: Run) -> Report:
             also=[further_metric.name for further_metric in metric.also],
             goal=metric.goal,
             rows_count=metadata.rows,
-            rungs=plan.get("rung_levels", []),
+            rungs=plan.rung_levels,
             time_attr=job.search.scheduler.time_attr
-            if job.search and plan.get("command") == "sweep"
+            if job.search and plan.command == "sweep"
             else "step",
             held_out=metadata.held_out_split,
             base=_build_base_row(run, metadata),

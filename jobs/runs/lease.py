@@ -13,13 +13,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.runs.records import AttemptRecord, read_typed
 
 _BEAT_SECONDS = 5.0
 _WATCH_SECONDS = 40.0
@@ -108,10 +108,10 @@ def check_current(run: Path, attempt: int) -> None:
         )
 
 
-def read_attempts(run: Path) -> list[dict[str, Any]]:
+def read_attempts(run: Path) -> list[AttemptRecord]:
     """Return the records of all attempts at a run, oldest first."""
     return [
-        files.read_json(run / "attempts" / f"{number}.json")
+        read_typed(run / "attempts" / f"{number}.json", AttemptRecord)
         for number in range(1, find_newest_attempt(run) + 1)
     ]
 
@@ -133,7 +133,7 @@ class Lease:
     def acquire(
         cls,
         run: Path,
-        metadata: Mapping[str, Any],
+        metadata: AttemptRecord,
         *,
         say: Callable[[str], None] = lambda _: None,
         seconds: float = _WATCH_SECONDS,
@@ -146,8 +146,8 @@ class Lease:
 
         Args:
             run: Folder of the run.
-            metadata: Metadata to store in the attempt's file. The keys submission, slurm_job
-                and slurm_restart are also compared with those of the previous attempt.
+            metadata: Stored in the attempt's file, with this process added. Its submission
+                and job are compared with those of the previous attempt.
             say: Called with messages for the user.
             seconds: How long a driver on another machine is watched for a heartbeat.
 
@@ -163,7 +163,7 @@ class Lease:
             previous = find_newest_attempt(run)
             if previous:
                 _check_driver_ended(run, previous, metadata, say, seconds)
-            if _create_attempt_file(run, previous + 1, dict(metadata)):
+            if _create_attempt_file(run, previous + 1, metadata):
                 return cls(run, previous + 1)
 
     def start_heartbeat(self, on_stale: Callable[[str], None]) -> None:
@@ -215,7 +215,7 @@ def find_silent_runs(
     unended_runs = [
         run
         for run in unended_runs
-        if _read_attempt(run, find_newest_attempt(run)).get("machine") != get_machine_id()
+        if _read_attempt(run, find_newest_attempt(run)).machine != get_machine_id()
     ]
     if not unended_runs:
         return set()
@@ -243,7 +243,7 @@ def _get_end_file(run: Path, attempt: int) -> Path:
     return run / "attempts" / f"{attempt}.end"
 
 
-def _create_attempt_file(run: Path, attempt: int, metadata: dict[str, Any]) -> bool:
+def _create_attempt_file(run: Path, attempt: int, metadata: AttemptRecord) -> bool:
     """Create the complete file of an attempt. Return False if another process was first."""
     target = run / "attempts" / f"{attempt}.json"
     scratch = target.with_name(
@@ -255,7 +255,7 @@ def _create_attempt_file(run: Path, attempt: int, metadata: dict[str, Any]) -> b
         "pid": os.getpid(),
         "pid_started": get_process_start(os.getpid()),
     }
-    files.write_json(scratch, identity | metadata)
+    files.write_json(scratch, identity | metadata.to_dict())
     try:
         # Creating a link fails if the target exists, also on NFS, so one process succeeds.
         os.link(scratch, target)
@@ -276,7 +276,7 @@ def _create_attempt_file(run: Path, attempt: int, metadata: dict[str, Any]) -> b
 
 
 def _check_driver_ended(
-    run: Path, attempt: int, metadata: Mapping[str, Any], say: Callable[[str], None], seconds: float
+    run: Path, attempt: int, metadata: AttemptRecord, say: Callable[[str], None], seconds: float
 ) -> None:
     """Raise HasDriver while the driver of an attempt is alive or may be alive."""
     if _get_end_file(run, attempt).exists():
@@ -284,22 +284,18 @@ def _check_driver_ended(
     holder = _read_attempt(run, attempt)
     # On this machine the process table answers at once, so a killed run can be resumed without
     # waiting.
-    if holder.get("machine") == get_machine_id():
-        if get_process_start(int(holder["pid"])) == holder["pid_started"]:
+    if holder.machine == get_machine_id():
+        if get_process_start(holder.pid) == holder.pid_started:
             raise HasDriver(
-                f"{run.name} already has a driver, which is still running (process {holder['pid']})"
+                f"{run.name} already has a driver, which is still running (process {holder.pid})"
             )
         return
-    job, restart = holder.get("slurm_job"), int(holder.get("slurm_restart") or 0)
-    if (
-        job
-        and metadata.get("slurm_job") == job
-        and int(metadata.get("slurm_restart") or 0) > restart
-    ):
+    job = holder.slurm_job
+    if job and metadata.slurm_job == job and metadata.slurm_restart > holder.slurm_restart:
         return  # Slurm restarted the same job, and has ended the previous driver
-    host = (holder.get("machine") or ["another machine"])[0]
+    host = holder.host or "another machine"
     fail_after = time.monotonic()
-    if _get_submission_number(metadata) > _get_submission_number(holder) > 0:
+    if metadata.submission_number > holder.submission_number > 0:
         # `resume` stops the earlier job before it submits a new one. Its driver may still be
         # saving.
         fail_after += _REPLACED_SECONDS
@@ -327,21 +323,15 @@ def _check_driver_ended(
         last, since = now, time.monotonic()
 
 
-def _get_submission_number(metadata: Mapping[str, Any]) -> int:
-    """Return the number of the submission that a driver belongs to; 0 if it is unknown."""
-    text = str(metadata.get("submission") or "")
-    return int(text) if text.isdecimal() else 0
-
-
-def _read_attempt(run: Path, attempt: int) -> dict[str, Any]:
+def _read_attempt(run: Path, attempt: int) -> AttemptRecord:
     """Return the record of an attempt.
 
     It is empty if its writer was killed on a file system without hard links.
     """
     try:
-        return files.read_json(run / "attempts" / f"{attempt}.json")
+        return read_typed(run / "attempts" / f"{attempt}.json", AttemptRecord)
     except RunError:
-        return {}
+        return AttemptRecord()
 
 
 def _read_text_or_empty(path: Path) -> str:

@@ -35,6 +35,74 @@ class Record(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
+class PlanRecord(Record):
+    """What readers of a run need of its plan.json, which may be of another version.
+
+    `jobs.runs.plan.Plan` is the whole plan, as this version writes it.
+    """
+
+    command: str | None = None
+    """`sweep`, `train`, `compare`, `export` or `benchmark`; None if there is no plan."""
+    job: dict[str, Any] = {}
+    """The job, not validated."""
+    placement: dict[str, Any] = {}
+    placements: dict[str, dict[str, Any]] = {}
+    """Comparison: arm -> placement of its trials."""
+    rung_levels: list[int] = []
+    """Rungs, in units of `time_attr`."""
+    nodes: int = 1
+    """Nodes of the job on a cluster with a queue."""
+    share: list[int] = []
+    """Trial range of an array task."""
+    judges: bool = True
+    """True if the run ends with the held-out evaluation of its finalists."""
+    delivery: dict[str, Any] | None = None
+    """Requested result of an export or a benchmark."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether there is no plan, or nothing in it."""
+        return not self.model_fields_set
+
+
+class AttemptRecord(Record):
+    """Contents of attempts/N.json: one driver of a run."""
+
+    attempt: int | None = None
+    machine: list[str] = []
+    """Host name and PID namespace of the driver; empty if its writer was killed."""
+    pid: int = 0
+    pid_started: int | None = None
+    submission: int | str | None = None
+    """Number of the submission that it belongs to."""
+    slurm_job: str | None = None
+    slurm_restart: int = 0
+    saved: str | None = None
+    """Digest of what the run had saved when the driver started."""
+
+    @property
+    def host(self) -> str | None:
+        """Return the host name of the driver."""
+        return self.machine[0] if self.machine else None
+
+    @property
+    def submission_number(self) -> int:
+        """Return the number of the submission; 0 if it is unknown."""
+        text = str(self.submission or "")
+        return int(text) if text.isdecimal() else 0
+
+
+class StartRecord(Record):
+    """A line of slurm/history.jsonl, which the batch script writes: a job starts or ends."""
+
+    job: str
+    restart: int
+    """Number of times that Slurm had started the job before."""
+    event: str
+    """`began`, `ended`, or why the job requeued itself."""
+    submission: str | None = None
+
+
 class FailureRecord(Record):
     """How a trial failed."""
 

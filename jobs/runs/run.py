@@ -32,6 +32,7 @@ from lorafleet.jobs.runs.records import (
     DamagedFile,
     HeldOutScores,
     MetricsRow,
+    PlanRecord,
     Progress,
     RunMetadata,
     RunStatusRecord,
@@ -367,6 +368,10 @@ class Run:
     def release_reserve(self) -> None:
         """Free the reserved disk space, so that a run can still record its end."""
         (self.path / ".reserve").unlink(missing_ok=True)
+
+    def read_plan(self) -> PlanRecord:
+        """Return the run's plan; empty if the folder is not that of a run."""
+        return read_typed(self.path / "plan.json", PlanRecord)
 
     def read_metadata(self) -> RunMetadata:
         """Return the run's metadata; empty before its driver has read the data."""

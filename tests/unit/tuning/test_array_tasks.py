@@ -13,7 +13,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.events import WarningEvent
 from lorafleet.jobs.runs.lease import Lease, StaleAttempt
-from lorafleet.jobs.runs.records import MetricsRow
+from lorafleet.jobs.runs.records import AttemptRecord, MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.tuning.array_tasks import merge_tasks
 
@@ -25,7 +25,7 @@ def a_part(run: Run, number: int, attempts: int) -> Run:
     files.write_json(part.path / "plan.json", {"share": [number, number + 1]})
     part.set_state(RunState.PENDING, created=1.0, name="x")
     for attempt in range(1, attempts + 1):
-        lease = Lease.acquire(part.path, {})
+        lease = Lease.acquire(part.path, AttemptRecord())
         writer = Run(part.path, attempt=lease.attempt)
         writer.set_state(RunState.RUNNING, wall_seconds=10.0 * attempt)
         trial = writer.add_trial(f"t{number}", number, {})
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Run:
     first = a_part(made, 0, attempts=3)
     first.get_trial("t0").set_state(TrialState.FINISHED)
     a_part(made, 1, attempts=1)
-    lease = Lease.acquire(made.path, {})
+    lease = Lease.acquire(made.path, AttemptRecord())
     lease.release()
     driven = Run(made.path, attempt=lease.attempt)
     driven.mark_running()
@@ -50,7 +50,7 @@ def run(tmp_path: Path) -> Run:
 
 def test_trials_of_all_parts_go_on_in_the_run(run: Run) -> None:
     assert [trial.id for trial in run.list_trials()] == ["t0", "t1"]
-    merge_tasks(run, {}, lambda _: None)
+    merge_tasks(run, AttemptRecord(), lambda _: None)
     assert not (run.path / "parts").exists()
     assert [str(trial.state) for trial in run.list_trials()] == ["finished", "pending"]
     run.get_trial("t0").add_row(
@@ -59,18 +59,18 @@ def test_trials_of_all_parts_go_on_in_the_run(run: Run) -> None:
     assert [row.step for row in run.get_trial("t0").read_metrics()] == [1, 2, 3, 4]
     assert run.read_status().wall_seconds == 30.0
     assert len(run.read_events(WarningEvent)) == 4
-    merge_tasks(run, {}, lambda _: None)
+    merge_tasks(run, AttemptRecord(), lambda _: None)
 
 
 def test_a_gathering_that_was_killed_is_ended_by_the_next(run: Run) -> None:
     (run.path / "parts" / "0" / "plan.json").unlink()  # killed while it took the first part away
-    merge_tasks(run, {}, lambda _: None)
+    merge_tasks(run, AttemptRecord(), lambda _: None)
     assert not (run.path / "parts").exists()
 
 
 def test_a_part_that_was_taken_over_writes_nothing_more(run: Run) -> None:
     stale = Run(run.get_array_task(1).path, attempt=1)
-    merge_tasks(run, {}, lambda _: None)
+    merge_tasks(run, AttemptRecord(), lambda _: None)
     with pytest.raises(StaleAttempt, match="was replaced by another one, and stops writing"):
         stale.get_trial("t1").add_row(MetricsRow.model_validate({"step": 9}))
     assert not (run.path / "parts").exists()
@@ -91,13 +91,13 @@ def test_killed_parts_are_watched_together_and_a_live_one_is_left_alone(
             )
         )
     said: list[str] = []
-    merge_tasks(run, {}, said.append)
+    merge_tasks(run, AttemptRecord(), said.append)
     assert "2 of 2 drivers did not record their end" in said[0]
     assert not (run.path / "parts").exists()
 
 
 def test_a_part_whose_driver_lives_stays_as_it_is(run: Run) -> None:
-    Lease.acquire(run.get_array_task(1).path, {})  # this process lives
+    Lease.acquire(run.get_array_task(1).path, AttemptRecord())  # this process lives
     with pytest.raises(RunError, match="already has a driver"):
-        merge_tasks(run, {}, lambda _: None)
+        merge_tasks(run, AttemptRecord(), lambda _: None)
     assert (run.path / "parts" / "1" / "trials" / "t1").is_dir()

@@ -14,9 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafleet.cluster.execution.allocation import count_idle_restarts, describe_last_end
+from lorafleet.cluster.execution.allocation import (
+    Allocation,
+    count_idle_restarts,
+    describe_last_end,
+)
 from lorafleet.cluster.execution.node import (
     PINNED,
+    NodeReport,
     check_starts,
     choose_ports,
     collect_versions,
@@ -29,14 +34,20 @@ from lorafleet.cluster.execution.node import (
 from lorafleet.jobs import files
 from lorafleet.jobs.data.local_copy import create_node_copy, resolve_node_copy
 from lorafleet.jobs.errors import PlacementRefused
+from lorafleet.jobs.runs.records import AttemptRecord, StartRecord
 from lorafleet.jobs.runs.run import Run
 
 
-def report(number: int, **changed: Any) -> dict[str, Any]:
-    return {
-        "node": f"node{number + 1}", "number": number, "address": f"10.0.0.{number + 1}", "wrong": None, "nonce": "n",
-        "driver": "550.1", "gpus": 4, "gpu_memory_gib": 79.6, "busy": [], **dict.fromkeys(PINNED, "1.0"),
-    } | changed  # fmt: skip
+def report(number: int, **changed: Any) -> NodeReport:
+    versions = dict.fromkeys(PINNED, "1.0") | {
+        name: value for name, value in changed.items() if name in PINNED
+    }
+    values = {
+        "node": f"node{number + 1}", "number": number, "address": f"10.0.0.{number + 1}", "problem": None, "nonce": "n",
+        "driver": "550.1", "gpus": 4, "gpu_memory_gib": 79.6, "busy": [],
+    }  # fmt: skip
+    others = {name: value for name, value in changed.items() if name not in PINNED}
+    return NodeReport.model_validate(values | others | {"versions": versions})
 
 
 @pytest.mark.parametrize(
@@ -50,7 +61,7 @@ def report(number: int, **changed: Any) -> dict[str, Any]:
             {"nonce": "old"},
             "node2 does not see the current contents of /runs/x: runs_dir must be a folder that all nodes share",
         ),
-        ({"wrong": "has no address on ib0"}, "node2 has no address on ib0"),
+        ({"problem": "has no address on ib0"}, "node2 has no address on ib0"),
         (
             {"driver": "470.2"},
             "node2 has driver 470.2, but node1 has 550.1: request nodes of one kind",
@@ -95,9 +106,7 @@ def test_the_environment_that_began_a_run_is_held_to() -> None:
 
 
 def test_what_programs_of_a_site_print_is_passed_over() -> None:
-    import json
-
-    text = f'Loading module cuda\n{json.dumps(report(0))}\n[1, 2]\n{{"node": 1}}\nbye'
+    text = f'Loading module cuda\n{report(0).model_dump_json()}\n[1, 2]\n{{"node": 1}}\nbye'
     assert read_reports(text) == [report(0)]
     assert set(collect_versions()) == set(PINNED)
 
@@ -177,8 +186,8 @@ def test_no_room_for_a_copy(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert "no room for 0.0 GB" in said[0]
 
 
-def line(job: str, restart: int, event: str) -> dict[str, Any]:
-    return {"job": job, "restart": restart, "event": event}
+def line(job: str, restart: int, event: str, submission: str | None = None) -> StartRecord:
+    return StartRecord(job=job, restart=restart, event=event, submission=submission)
 
 
 @pytest.mark.parametrize(
@@ -193,17 +202,15 @@ def line(job: str, restart: int, event: str) -> dict[str, Any]:
         ([line("5", 0, "began"), line("5", 0, "ended"), line("7", 0, "began")], None),
     ],
 )  # fmt: skip
-def test_how_the_incarnation_before_ended(
-    history: list[dict[str, Any]], sentence: str | None
-) -> None:
-    here = {"slurm_job": "7", "slurm_restart": history[-1]["restart"], "submission": "1"}
+def test_how_the_incarnation_before_ended(history: list[StartRecord], sentence: str | None) -> None:
+    here = Allocation("7", history[-1].restart, "1")
     said = describe_last_end(history, here)
     assert said is None if sentence is None else (said or "").startswith(sentence)
 
 
 def test_starts_that_never_come_to_a_driver_are_counted() -> None:
-    def began(job: str, restart: int, submission: str = "2") -> dict[str, Any]:
-        return line(job, restart, "began") | {"submission": submission}
+    def began(job: str, restart: int, submission: str = "2") -> StartRecord:
+        return line(job, restart, "began", submission)
 
     history = [
         began("7", 0),
@@ -212,7 +219,7 @@ def test_starts_that_never_come_to_a_driver_are_counted() -> None:
         line("7", 1, "time-limit"),
         began("7", 2),
     ]
-    driven = [{"slurm_job": "7", "slurm_restart": 0}]
+    driven = [AttemptRecord(slurm_job="7", slurm_restart=0)]
     assert count_starts_without_driver(history, [], "2") == 3
     assert count_starts_without_driver(history, driven, "2") == 2
     assert (
@@ -229,7 +236,7 @@ def test_a_job_that_only_starts_is_given_up(
     monkeypatch.setenv("LF_MAX_RESTARTS", "1")
     monkeypatch.setenv("LF_SUBMISSION", "1")
     for restart in range(3):
-        began = line("7", restart, "began") | {"submission": "1"}
+        began = line("7", restart, "began", "1").to_dict()
         files.append_jsonl(tmp_path / "slurm" / "history.jsonl", began)
         if restart < 2:
             check_starts(tmp_path)
@@ -240,8 +247,8 @@ def test_a_job_that_only_starts_is_given_up(
 
 
 def test_restarts_that_bring_nothing_are_counted() -> None:
-    def of(*marks: str, submission: str = "1") -> list[dict[str, Any]]:
-        return [{"submission": submission, "saved": mark} for mark in marks]
+    def of(*marks: str, submission: str = "1") -> list[AttemptRecord]:
+        return [AttemptRecord(submission=submission, saved=mark) for mark in marks]
 
     assert count_idle_restarts(of("a")) == 0
     assert count_idle_restarts(of("a", "b", "b", "b")) == 2

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from lorafleet.evaluation.inference.generate import generate_answers
 from lorafleet.evaluation.render.inference_files import save_inference_files
 from lorafleet.evaluation.render.loading_code import build_loading_code
+from lorafleet.evaluation.render.manifest import Manifest, PromptMetadata, WeightsMetadata
 from lorafleet.evaluation.render.model_card import (
     build_loading_metadata,
     describe_weights,
@@ -40,34 +41,32 @@ ROW = Row(trial_id="aaaa", state="finished", number_formats="weights float32; ar
 
 
 def manifest_of(
-    job: JobSpec, prompt: dict[str, Any], formats: str = "weights float32; arithmetic float32"
-) -> Any:
+    job: JobSpec, prompt: PromptMetadata, formats: str = "weights float32; arithmetic float32"
+) -> Manifest:
     base, revision = resolve_public_base(job.model.model_name_or_path, job.model.revision)
-    return {
-        "trial_id": "aaaa",
-        "base_model": base,
-        "base_model_revision": revision,
-        "base_model_in_job": job.model.model_name_or_path,
-        "model_revisions": {},
-        "labels": list(prepare_tokens(job).labels),
-        "weights": {
-            "step": 4,
-            "samples": 32,
-            "trained_steps": 8,
-            "trained_samples": 64,
-            "trainable_parameters": 10,
-            "number_formats": formats,
-            "dtypes": ["float32"],
-            "lora_r": 4,
-            "stored_lora_r": 8,
-        },
-        "rows": {"train": 3},
-        "data_sha256": {"train": "ab"},
-        "prompt": prompt,
-        "resolved": job.model_dump(mode="json"),
-        "validation": {"loss": 1.0},
-        "test": None,
-    }
+    return Manifest(
+        trial_id="aaaa",
+        base_model=base,
+        base_model_revision=revision,
+        base_model_in_job=job.model.model_name_or_path,
+        labels=list(prepare_tokens(job).labels),
+        weights=WeightsMetadata(
+            step=4,
+            samples=32,
+            trained_steps=8,
+            trained_samples=64,
+            trainable_parameters=10,
+            number_formats=formats,
+            dtypes=["float32"],
+            lora_r=4,
+            stored_lora_r=8,
+        ),
+        rows={"train": 3},
+        data_sha256={"train": "ab"},
+        prompt=prompt,
+        resolved=job.model_dump(mode="json"),
+        validation={"loss": 1.0},
+    )
 
 
 def small_report() -> Report:
@@ -108,9 +107,9 @@ def trained(job: JobSpec, folder: Path) -> list[str]:
     folder.parent.mkdir()
     made.save_weights(folder)
     prompt = save_inference_files(job, folder)
-    manifest = manifest_of(job, prompt)
-    manifest["weights"] |= describe_weights(Trial(folder.parent), ROW, {})
-    facts = build_loading_metadata(manifest, job.task, job.method)
+    weights = describe_weights(Trial(folder.parent), ROW, {})
+    manifest = manifest_of(job, prompt).model_copy(update={"weights": weights})
+    facts = build_loading_metadata(manifest, job.task)
     assert facts is not None
     return build_loading_code(facts)
 
@@ -202,25 +201,27 @@ def prompt_and_answer(job: JobSpec, folder: Path, question: str) -> tuple[list[i
 
 def test_the_card_describes_the_saved_weights(bert_job: JobMaker) -> None:
     job = bert_job().job
-    prompt = {"tokenizer": True}
+    prompt = PromptMetadata(tokenizer=True)
     report = small_report()
     card = render_card(manifest_of(job, prompt), report)
     assert "base_model:" not in card.split("---")[1], "the hub takes no path there"
     assert "Saved at step 4 of 8 (32 training rows seen)" in card
     assert "rank: 4 as trained, stored as an equivalent adapter of rank 8" in card
     assert "PeftModel.from_pretrained(model, FOLDER)" in card
-    hub = manifest_of(job, prompt) | {"base_model": "org/model", "base_model_revision": "abc"}
+    hub = manifest_of(job, prompt).model_copy(
+        update={"base_model": "org/model", "base_model_revision": "abc"}
+    )
     assert 'base_model: "org/model"' in render_card(hub, report)
     assert "revision='abc'" in render_card(hub, report)
-    old = manifest_of(job, {})
+    old = manifest_of(job, PromptMetadata())
     assert "## How to load it" not in render_card(old, report)
 
 
 def test_a_label_cannot_end_the_code_block(bert_job: JobMaker) -> None:
     report = small_report()
-    manifest = manifest_of(bert_job().job, {"tokenizer": True}) | {
-        "labels": ["```\n# evil", "good"]
-    }
+    manifest = manifest_of(bert_job().job, PromptMetadata(tokenizer=True)).model_copy(
+        update={"labels": ["```\n# evil", "good"]}
+    )
     card = render_card(manifest, report)
     assert "````python" in card
     assert "\n# evil" not in card
@@ -240,9 +241,9 @@ def test_facts_of_weights_are_of_the_best_evaluation(tmp_path: Path) -> None:
         )
     row = Row(trial_id="aaaa", state="finished", step=8, samples=64, weights_step=4)
     facts = describe_weights(trial, row, {"lora": {"lora_r": 8}})
-    assert (facts["step"], facts["samples"], facts["trained_steps"]) == (4, 32, 8)
-    assert facts["dtypes"] == ["bfloat16", "float32"]
-    assert (facts["lora_r"], facts["stored_lora_r"]) == (8, 16)
+    assert (facts.step, facts.samples, facts.trained_steps) == (4, 32, 8)
+    assert facts.dtypes == ["bfloat16", "float32"]
+    assert (facts.lora_r, facts.stored_lora_r) == (8, 16)
     assert read_weight_dtypes(tmp_path) == []
 
 

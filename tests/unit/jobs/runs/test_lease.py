@@ -19,7 +19,7 @@ from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs import lease
 from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.lease import Lease, StaleAttempt
-from lorafleet.jobs.runs.records import MetricsRow
+from lorafleet.jobs.runs.records import AttemptRecord, MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 
 
@@ -33,70 +33,76 @@ def as_if_elsewhere(run: Path, attempt: int, **more: object) -> Path:
 
 
 def test_one_after_the_other(tmp_path: Path) -> None:
-    first = Lease.acquire(tmp_path, {})
+    first = Lease.acquire(tmp_path, AttemptRecord())
     with pytest.raises(RunError, match="already has a driver, which is still running"):
-        Lease.acquire(tmp_path, {})
+        Lease.acquire(tmp_path, AttemptRecord())
     first.release()
-    second = Lease.acquire(tmp_path, {"saved": "x"})
+    second = Lease.acquire(tmp_path, AttemptRecord(saved="x"))
     assert (first.attempt, second.attempt, lease.find_newest_attempt(tmp_path)) == (1, 2, 2)
-    assert [row["attempt"] for row in lease.read_attempts(tmp_path)] == [1, 2]
+    assert [row.attempt for row in lease.read_attempts(tmp_path)] == [1, 2]
 
 
 def test_a_killed_driver_of_this_machine_is_gone_at_once(tmp_path: Path) -> None:
-    begin = f"Lease.acquire(Path({str(tmp_path)!r}), {{}})"
+    begin = f"Lease.acquire(Path({str(tmp_path)!r}), AttemptRecord())"
     code = (
         "import os; from pathlib import Path; from lorafleet.jobs.runs.lease import Lease; "
+        "from lorafleet.jobs.runs.records import AttemptRecord; "
         f"{begin}; os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
     began = time.monotonic()
-    assert Lease.acquire(tmp_path, {}).attempt == 2
+    assert Lease.acquire(tmp_path, AttemptRecord()).attempt == 2
     assert time.monotonic() - began < 1
 
 
 def test_a_driver_elsewhere_that_gives_signs_of_life_is_refused(tmp_path: Path) -> None:
-    Lease.acquire(tmp_path, {})
+    Lease.acquire(tmp_path, AttemptRecord())
     beat = as_if_elsewhere(tmp_path, 1, slurm_job="12")
     said: list[str] = []
     threading.Timer(0.3, lambda: beat.write_text("2")).start()
     with pytest.raises(RunError, match=r"still running \(elsewhere, job 12\)"):
-        Lease.acquire(tmp_path, {}, say=said.append, seconds=3)
+        Lease.acquire(tmp_path, AttemptRecord(), say=said.append, seconds=3)
     assert "started on elsewhere and did not record its end: watching" in said[0]
-    assert Lease.acquire(tmp_path, {}, seconds=0.3).attempt == 2  # nothing changed in that time
+    assert (
+        Lease.acquire(tmp_path, AttemptRecord(), seconds=0.3).attempt == 2
+    )  # nothing changed in that time
 
 
 def test_the_driver_of_an_earlier_submission_may_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It gives signs of life while it saves: the next one waits for it, but not for ever."""
-    Lease.acquire(tmp_path, {"submission": 1})
+    Lease.acquire(tmp_path, AttemptRecord(submission=1))
     beat = as_if_elsewhere(tmp_path, 1, submission=1)
     threading.Timer(0.3, lambda: beat.write_text("2")).start()
     threading.Timer(1.2, lambda: beat.write_text("3")).start()
     began = time.monotonic()
     said: list[str] = []
-    assert Lease.acquire(tmp_path, {"submission": 2}, say=said.append, seconds=2).attempt == 2
+    assert (
+        Lease.acquire(tmp_path, AttemptRecord(submission=2), say=said.append, seconds=2).attempt
+        == 2
+    )
     assert time.monotonic() - began > 3
     assert "attempt 1 of an earlier submission may still be saving on elsewhere" in said[0]
     beat = as_if_elsewhere(tmp_path, 2, submission=2)
     monkeypatch.setattr(lease, "_REPLACED_SECONDS", 0.0)
     threading.Timer(0.3, lambda: beat.write_text("4")).start()
     with pytest.raises(RunError, match="still running"):
-        Lease.acquire(tmp_path, {"submission": 3}, seconds=2)
+        Lease.acquire(tmp_path, AttemptRecord(submission=3), seconds=2)
 
 
 def test_the_same_job_started_again_by_slurm_need_not_wait(tmp_path: Path) -> None:
-    Lease.acquire(tmp_path, {})
+    Lease.acquire(tmp_path, AttemptRecord())
     as_if_elsewhere(tmp_path, 1, slurm_job="12", slurm_restart=0)
     began = time.monotonic()
-    assert Lease.acquire(tmp_path, {"slurm_job": "12", "slurm_restart": 1}).attempt == 2
+    assert Lease.acquire(tmp_path, AttemptRecord(slurm_job="12", slurm_restart=1)).attempt == 2
     assert time.monotonic() - began < 1
 
 
 def test_of_many_that_begin_at_once_one_does(tmp_path: Path) -> None:
     def take(_: int) -> int | str:
         try:
-            return Lease.acquire(tmp_path, {}).attempt
+            return Lease.acquire(tmp_path, AttemptRecord()).attempt
         except RunError:
             return "refused"
 
@@ -110,21 +116,21 @@ def test_without_hard_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise PermissionError("no links here")
 
     monkeypatch.setattr("os.link", refuse)
-    Lease.acquire(tmp_path, {}).release()
-    assert Lease.acquire(tmp_path, {}).attempt == 2
+    Lease.acquire(tmp_path, AttemptRecord()).release()
+    assert Lease.acquire(tmp_path, AttemptRecord()).attempt == 2
 
 
 def test_a_stale_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "_BEAT_SECONDS", 0.5)
     run = Run.create(tmp_path, "x")
-    Lease.acquire(run.path, {}).release()
+    Lease.acquire(run.path, AttemptRecord()).release()
     old = Run(run.path, attempt=1)
     old.mark_running()
     trial = old.add_trial("t", 0, {})
     trial.add_row(MetricsRow.model_validate({"step": 1}))
     told: list[str] = []
     Lease(run.path, 1).start_heartbeat(told.append)
-    Lease.acquire(run.path, {}).release()
+    Lease.acquire(run.path, AttemptRecord()).release()
     new = Run(run.path, attempt=2)
     new.get_trial("t").add_row(MetricsRow.model_validate({"step": 2}))
     for write in (

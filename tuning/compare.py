@@ -93,8 +93,7 @@ class Comparison(TrainingDriver):
 
         None means that the job's `train` section decides.
         """
-        assert self.job.compare is not None
-        budget = self.job.compare.budget
+        budget = self.job.comparison.budget
         if budget.tokens is not None:
             job = arms.build_arm_job(self.job, name)
             arm_data = self._prepare_tokens(job, data)
@@ -125,8 +124,7 @@ class Comparison(TrainingDriver):
             for name in arms.list_trained_arms(self.job)
             if not (self.run.get_arm(name).path / _PACE_FILE).is_file()
         ]
-        assert self.job.compare is not None
-        if self.job.compare.budget.device_seconds is None or not unmeasured:
+        if self.job.comparison.budget.device_seconds is None or not unmeasured:
             return
         self._record_phase("measuring the speed of the arms")
         with self._open_ray(attempt):
@@ -257,9 +255,8 @@ class Comparison(TrainingDriver):
 
     def _list_models(self, data: Any) -> list[ArmModel]:
         """Return every model of every arm, the arm's first seed first."""
-        assert self.job.compare is not None
         models: list[ArmModel] = []
-        for name, arm in self.job.compare.arms.items():
+        for name, arm in self.job.comparison.arms.items():
             folder = self.run.get_arm(name)
             if arm.needs_training:
                 models += self._list_trained_models(name, data)

@@ -132,7 +132,6 @@ def _plan_arms(loaded: LoadedJob, site: Site) -> Plan:
     with further seeds.
     """
     job = loaded.job
-    assert job.compare is not None
     samples, note = _resolve_samples(job)
     plans = {}
     for name in arms.list_trained_arms(job):
@@ -178,8 +177,7 @@ def _resolve_samples(job: JobSpec) -> tuple[int | None, list[str]]:
 
     None instead of a number means that the job's `train` section decides.
     """
-    assert job.compare is not None
-    budget = job.compare.budget
+    budget = job.comparison.budget
     if budget.device_seconds is not None:
         return None, [
             f"compare.budget.device_seconds is {budget.device_seconds:g}: each arm's speed is "
@@ -336,7 +334,7 @@ def refuse_attention(job: JobSpec, site: Site, path: str) -> None:
     searched = job.search.parameters.get(field) if job.search else None
     values = list((searched.values if searched else None) or [job.model.attn_implementation])
     values += (
-        [arm.set[field] for arm in job.compare.arms.values() if field in arm.set]
+        [arm.set[field] for arm in job.comparison.arms.values() if field in arm.set]
         if job.compare
         else []
     )

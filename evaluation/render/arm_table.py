@@ -311,22 +311,23 @@ def list_arm_notes(report: Report) -> list[str]:
     They say what the intervals and p-values cover, how inference was measured, and what is
     remarkable about single arms.
     """
-    notes = [f"{arm.arm}: {remark}." for arm in report.arms or [] for remark in arm.remarks]
-    if report.held_out == "test" and any(arm.seeds for arm in report.arms or []):
-        if any(arm.tried for arm in report.arms or []):
+    arms = report.arms or []
+    notes = [f"{arm.arm}: {remark}." for arm in arms for remark in arm.remarks]
+    has_several_seeds = any(len(arm.seeds) > 1 for arm in arms)
+    if report.held_out == "test" and any(arm.seeds for arm in arms):
+        if any(arm.tried for arm in arms):
             notes.append("Each arm's configuration was chosen on the validation rows.")
         notes.append(
             "The arms are compared on the test rows, which were not used in training or search. "
             "The score of the shipped arm is slightly optimistic, because it is the best of "
             "several."
         )
-    has_several_seeds = any(len(arm.seeds) > 1 for arm in report.arms or [])
     if has_several_seeds:
         notes.append(
             "Metrics are means over an arm's seeds; brackets are 95 % intervals over rows and "
             "seeds."
         )
-    elif any(arm.tried or (arm.train_seconds and arm.seeds) for arm in report.arms or []):
+    elif any(arm.tried or (arm.train_seconds and arm.seeds) for arm in arms):
         notes.append(
             "Each arm was trained once: the intervals and p-values do not include the variation "
             "between seeds."
@@ -337,26 +338,24 @@ def list_arm_notes(report: Report) -> list[str]:
             f"p-values and intervals of differences: paired by {units}, two-sided, adjusted for "
             "the number of arms."
         )
-    # `begun_gib` is measured on CPUs only, so it tells a CPU's measurement from a GPU's.
-    inferences = [arm.inference for arm in report.arms or [] if arm.inference]
-    if inferences:
-        rounds, threads = inferences[0].rounds, inferences[0].threads
-        on_cpu = (
-            f", {threads} CPU thread{'s' if threads != 1 else ''}"
-            if inferences[0].begun_gib is not None
-            else ""
-        )
-        memory_owner = (
-            "whole process's, including its libraries"
-            if inferences[0].begun_gib is not None
-            else "GPU's"
-        )
-        notes.append(
-            "Inference: each arm runs alone in a new process; the arms take turns, "
-            f"{format_count(rounds, 'time')}{on_cpu}; values are medians. Memory is the "
-            f"{memory_owner}."
-        )
+    inference = next((arm.inference for arm in arms if arm.inference), None)
+    if inference is not None:
+        notes.append(_describe_inference(inference))
     return notes
+
+
+def _describe_inference(inference: Inference) -> str:
+    """Return how the inference of the arms was measured."""
+    memory_owner, on_cpu = "GPU's", ""
+    # `begun_gib` is measured on CPUs only, so it tells a CPU's measurement from a GPU's.
+    if inference.begun_gib is not None:
+        memory_owner = "whole process's, including its libraries"
+        on_cpu = f", {format_count(inference.threads or 0, 'CPU thread')}"
+    return (
+        "Inference: each arm runs alone in a new process; the arms take turns, "
+        f"{format_count(inference.rounds, 'time')}{on_cpu}; values are medians. Memory is the "
+        f"{memory_owner}."
+    )
 
 
 def list_arm_records(report: Report) -> tuple[list[str], list[list[Any]]]:

@@ -7,10 +7,12 @@ seeds come from the held-out evaluation. Needs no torch, Ray or network.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +103,16 @@ def load_arms(
     Returns:
         The arms, arm -> seed -> per-row results, and all trials of all arms.
     """
-    assert job.compare is not None
     results_by_arm = load_row_results(run, job, split)
     reports = {arm.path.name: build_search_report(arm) for arm in run.list_arms()}
     arms = _mark_incomparable(
-        [_build_arm(run, job, name, reports, results_by_arm[name]) for name in job.compare.arms],
+        [_build_arm(run, job, name, reports, results_by_arm[name]) for name in job.comparison.arms],
         results_by_arm,
         job,
     )
     trials = [
         row.model_copy(update={"arm": name})
-        for name in job.compare.arms
+        for name in job.comparison.arms
         if name in reports
         for row in reports[name].trials
     ]
@@ -157,9 +158,8 @@ def _mark_incomparable(
 
 def load_row_results(run: Run, job: JobSpec, split: str) -> dict[str, dict[int, RowResults]]:
     """Load the per-row results of the models of each arm: arm -> seed -> results."""
-    assert job.compare is not None
     results_by_arm: dict[str, dict[int, RowResults]] = {}
-    for name in job.compare.arms:
+    for name in job.comparison.arms:
         arm = run.get_arm(name)
         results = {
             seed: _read_row_results(arm.get_evaluation_folder(seed), split)
@@ -265,64 +265,115 @@ def _build_arm(
         reports: Arm -> the report of its search. An arm that trains nothing has none.
         results_by_seed: Seed -> per-row results on the held-out rows.
     """
-    assert job.compare is not None
-    spec = job.compare.arms[name]
-    names = job.metric_names
-    arm_scores = compute_scores(list(results_by_seed.values()), names) if results_by_seed else None
-    metrics_by_seed = {
-        str(seed): compute_scores(row_results, names).metrics
-        for seed, row_results in results_by_seed.items()
-    }
-    trained = spec.needs_training or spec.adapter_of is not None
+    spec = job.comparison.arms[name]
     # An arm with another arm's adapters was not trained: its trials, costs and weights are those of
     # the other arm.
     origin = spec.adapter_of or name
-    source, source_spec, report = run.get_arm(origin), job.compare.arms[origin], reports.get(origin)
-    provided_weights = source_spec.weights
-    rows = select_trained_rows(report, source_spec) if report is not None and trained else []
-    best = rows[0] if rows else None
-    searched = (
-        [row for row in report.trials if not row.repeats] if report is not None and rows else []
-    )
-    has_folds = any(row.fold is not None for row in searched)
-    # With folds, each configuration has one trial per fold; the first fold counts it once.
-    tried = [row for row in searched if row.fold == 0 or not has_folds]
-    weights = source.get_trial(best.trial_id).weights if best else None
+    training = _collect_training(run, origin, job.comparison.arms[origin], reports.get(origin))
+    best = training.best
     return Arm(
         arm=name,
         what=_describe_arm(spec, best),
-        metrics=get_finite_metrics(arm_scores) if arm_scores else {},
-        interval=get_finite_intervals(arm_scores) if arm_scores else {},
-        seeds={
-            seed: files.replace_non_finite(metrics) for seed, metrics in metrics_by_seed.items()
-        },
+        **_collect_scores(results_by_seed, job.metric_names),
         configuration=best.params if best else {},
-        tried=len(tried) if source_spec.parameters else 0,
+        tried=len(training.tried),
         trial_id=best.trial_id if best else None,
-        weights=str(weights.relative_to(run.path)) if weights else provided_weights,
-        weights_mb=_compute_size_mb(Path(provided_weights))
-        if provided_weights
-        else _compute_size_mb(weights)
-        if weights
-        else 0.0,
-        train_seconds=None
-        if provided_weights
-        else _compute_mean([row.train_seconds for row in rows])
-        if trained
-        else 0.0,
-        search_seconds=sum(row.train_seconds or 0.0 for row in searched)
-        if source_spec.parameters
-        else 0.0,
-        gpu_hours=None
-        if provided_weights
-        else _compute_mean([row.gpu_hours for row in rows])
-        if trained
-        else 0.0,
-        peak_memory_gib=_compute_mean([row.peak_memory_gib for row in rows]),
-        trainable_parameters=best.trainable_parameters if best else None if provided_weights else 0,
+        weights=training.weights,
+        weights_mb=training.weights_mb,
+        train_seconds=training.train_seconds,
+        search_seconds=training.search_seconds,
+        gpu_hours=training.gpu_hours,
+        peak_memory_gib=_compute_mean([row.peak_memory_gib for row in training.rows]),
+        trainable_parameters=training.trainable_parameters,
         inference=summarize_inference(files.read_jsonl(run.get_arm(name).inference_file)),
-        remarks=_list_remarks(spec, best, rows, job),
+        remarks=_list_remarks(spec, best, training.rows, job),
     )
+
+
+def _collect_scores(results_by_seed: dict[int, RowResults], names: Sequence[str]) -> dict[str, Any]:
+    """Return an arm's scores over its seeds and of each seed; empty without results."""
+    if not results_by_seed:
+        return {}
+    scores = compute_scores(list(results_by_seed.values()), names)
+    seeds = {
+        str(seed): files.replace_non_finite(compute_scores(row_results, names).metrics)
+        for seed, row_results in results_by_seed.items()
+    }
+    return {
+        "metrics": get_finite_metrics(scores),
+        "interval": get_finite_intervals(scores),
+        "seeds": seeds,
+    }
+
+
+@dataclass(frozen=True)
+class _ArmTraining:
+    """What the training of an arm produced and cost."""
+
+    rows: list[Row]
+    """Trials of its chosen configuration, one for each seed."""
+    tried: list[Row]
+    """One trial of each configuration that was searched."""
+    weights: str | None = None
+    """Folder of the weights, relative to the run; absolute for weights from elsewhere."""
+    weights_mb: float | None = 0.0
+    train_seconds: float | None = 0.0
+    """Mean over the seeds; None if unknown."""
+    search_seconds: float = 0.0
+    gpu_hours: float | None = 0.0
+    trainable_parameters: int | None = 0
+
+    @property
+    def best(self) -> Row | None:
+        """Return the trial whose weights are the arm's; None if none was trained."""
+        return self.rows[0] if self.rows else None
+
+
+def _collect_training(run: Run, name: str, spec: ArmSpec, report: Report | None) -> _ArmTraining:
+    """Return what an arm's training produced and cost.
+
+    Args:
+        run: The comparison.
+        name: Name of the arm.
+        spec: The arm.
+        report: The report of its search; None for an arm that trains nothing.
+    """
+    if spec.weights:
+        # Trained elsewhere: its costs are unknown.
+        return _ArmTraining(
+            rows=[],
+            tried=[],
+            weights=spec.weights,
+            weights_mb=_compute_size_mb(Path(spec.weights)),
+            train_seconds=None,
+            gpu_hours=None,
+            trainable_parameters=None,
+        )
+    if not spec.needs_training:
+        return _ArmTraining(rows=[], tried=[])
+    rows = select_trained_rows(report, spec) if report is not None else []
+    train_seconds = _compute_mean([row.train_seconds for row in rows])
+    gpu_hours = _compute_mean([row.gpu_hours for row in rows])
+    if report is None or not rows:
+        return _ArmTraining(rows=[], tried=[], train_seconds=train_seconds, gpu_hours=gpu_hours)
+    weights = run.get_arm(name).get_trial(rows[0].trial_id).weights
+    training = _ArmTraining(
+        rows=rows,
+        tried=[],
+        weights=str(weights.relative_to(run.path)),
+        weights_mb=_compute_size_mb(weights),
+        train_seconds=train_seconds,
+        gpu_hours=gpu_hours,
+        trainable_parameters=rows[0].trainable_parameters,
+    )
+    if not spec.parameters:
+        return training
+    searched = [row for row in report.trials if not row.repeats]
+    has_folds = any(row.fold is not None for row in searched)
+    # With folds, each configuration has one trial per fold; the first fold counts it once.
+    tried = [row for row in searched if row.fold == 0 or not has_folds]
+    search_seconds = sum(row.train_seconds or 0.0 for row in searched)
+    return dataclasses.replace(training, tried=tried, search_seconds=search_seconds)
 
 
 def get_finite_metrics(metric_scores: Scores) -> Metrics:
@@ -367,7 +418,6 @@ def _list_remarks(spec: ArmSpec, best: Row | None, rows: list[Row], job: JobSpec
     better one, and published comparisons often fail here: one method gets a well-searched
     learning rate, another not.
     """
-    assert job.compare is not None
     if not spec.needs_training:
         return []
     if best is None:
@@ -375,8 +425,8 @@ def _list_remarks(spec: ArmSpec, best: Row | None, rows: list[Row], job: JobSpec
     remarks = []
     if not spec.parameters:
         remarks.append("no field was searched: it was trained with the values of the job file")
-    if len(rows) < job.compare.seeds:
-        remarks.append(f"only {len(rows)} of {job.compare.seeds} seeds were trained to the end")
+    if len(rows) < job.comparison.seeds:
+        remarks.append(f"only {len(rows)} of {job.comparison.seeds} seeds were trained to the end")
     values = {
         path: parameter.values for path, parameter in spec.parameters.items() if parameter.values
     }
@@ -469,13 +519,12 @@ def build_comparison_report(
     Returns:
         `common_report` with arms, pairs, trials, samples, recommendation and cautions.
     """
-    assert job.compare is not None
     arms, results_by_arm, trials = load_arms(run, job, common_report.held_out)
-    compare = job.compare
+    compare, metric = job.comparison, job.metric
     origins = {name: arm.adapter_of for name, arm in compare.arms.items() if arm.adapter_of}
-    metric, draws = job.metric, job.evaluate.bootstrap_samples
     by_metric = [
-        compare_arms(results_by_arm, item, draws, origins) for item in job.decision_metrics
+        compare_arms(results_by_arm, item, job.evaluate.bootstrap_samples, origins)
+        for item in job.decision_metrics
     ]
     rows = files.read_jsonl(run.get_rows_file(common_report.held_out))
     choice = Choice(
@@ -487,33 +536,11 @@ def build_comparison_report(
         job.tolerances,
         len(rows),
     )
-    base = next((arm for arm in arms if arm.arm in _list_untuned_arms(job)), None)
-    update: dict[str, Any] = {
-        "arms": arms,
-        "pairs": list_pairs(by_metric[0]),
-        "trials": trials,
-        "recommendation": choose(arms, [groups[0] for groups in by_metric if groups], choice),
-        "rungs": [],
-    }
-    # Samples show one model of each arm: that of its first seed.
-    first_results = {
-        name: next(iter(results.values())) for name, results in results_by_arm.items() if results
-    }
-    labels = [str(label) for label in common_report.facts.get("labels", [])]
-    update["samples"] = select_differing(rows, first_results, labels)
-    chosen = update["recommendation"].arm
-    if chosen in first_results:
-        chosen_results = first_results[chosen]
-        update["mistakes"] = select_mistakes(rows, chosen, chosen_results, labels)
-        update["worst"] = select_worst(rows, chosen, chosen_results, labels)
-        if chosen_results.classified and labels:
-            update["confusion"], update["per_class"] = (
-                compute_confusion(chosen_results.classified),
-                compute_per_class(chosen_results.classified, labels),
-            )
-    arm = next((arm for arm in arms if arm.arm == chosen), None)
-    update["recommendation"], cautions = verdict.check_against_baselines(
-        update["recommendation"],
+    recommendation = choose(arms, [groups[0] for groups in by_metric if groups], choice)
+    samples = _build_samples(common_report, rows, results_by_arm, recommendation.arm)
+    arm = next((arm for arm in arms if arm.arm == recommendation.arm), None)
+    recommendation, cautions = verdict.check_against_baselines(
+        recommendation,
         metric.name,
         metric.goal,
         arm.metrics.get(metric.name) if arm else None,
@@ -526,30 +553,74 @@ def build_comparison_report(
         ],
         "held-out rows",
     )
-    trial = next(
-        (row for row in trials if arm and arm.trial_id and row.trial_id == arm.trial_id), None
-    )
+    trial = None
+    if arm is not None and arm.trial_id is not None:
+        trial = next((row for row in trials if row.trial_id == arm.trial_id), None)
+    labels = [str(label) for label in common_report.facts.get("labels", [])]
     cautions += verdict.check_rows(counts, common_report.held_out, len(rows))
-    cautions += verdict.check_predictions(update.get("confusion", []), labels)
-    cautions += verdict.check_convergence(chosen, trial, metric.name, metric.goal)
+    cautions += verdict.check_predictions(samples.get("confusion", []), labels)
+    cautions += verdict.check_convergence(recommendation.arm, trial, metric.name, metric.goal)
     cautions += verdict.check_scores(metric.name, [item.metrics.get(metric.name) for item in arms])
-    update["cautions"] = cautions
-    if base is not None and base.metrics:
-        update["base"] = common_report.base.model_copy(
-            update={
-                "state": "finished",
-                "test_metrics": base.metrics,
-                "test_intervals": base.interval,
-            }
-        )
-    return common_report.model_copy(update=update)
+    update = {
+        "arms": arms,
+        "pairs": list_pairs(by_metric[0]),
+        "trials": trials,
+        "rungs": [],
+        "recommendation": recommendation,
+        "cautions": cautions,
+        "base": _build_base_row(common_report, arms, job),
+    }
+    return common_report.model_copy(update=update | samples)
+
+
+def _build_samples(
+    report: Report,
+    rows: list[dict[str, Any]],
+    results_by_arm: Mapping[str, Mapping[int, RowResults]],
+    chosen: str | None,
+) -> dict[str, Any]:
+    """Return the fields of a report that show single rows. Each arm's first seed is shown.
+
+    Args:
+        report: The report without these fields.
+        rows: The held-out rows.
+        results_by_arm: Arm -> seed -> per-row results.
+        chosen: The recommended arm, whose errors are shown.
+    """
+    labels = [str(label) for label in report.facts.get("labels", [])]
+    first_results = {
+        name: next(iter(results.values())) for name, results in results_by_arm.items() if results
+    }
+    fields: dict[str, Any] = {"samples": select_differing(rows, first_results, labels)}
+    if chosen is None or chosen not in first_results:
+        return fields
+    results = first_results[chosen]
+    fields["mistakes"] = select_mistakes(rows, chosen, results, labels)
+    fields["worst"] = select_worst(rows, chosen, results, labels)
+    if results.classified and labels:
+        fields["confusion"] = compute_confusion(results.classified)
+        fields["per_class"] = compute_per_class(results.classified, labels)
+    return fields
+
+
+def _build_base_row(report: Report, arms: list[Arm], job: JobSpec) -> Row:
+    """Return the report's row of the base, with the scores of the arm that is the base."""
+    base = next((arm for arm in arms if arm.arm in _list_untuned_arms(job)), None)
+    if base is None or not base.metrics:
+        return report.base
+    return report.base.model_copy(
+        update={
+            "state": "finished",
+            "test_metrics": base.metrics,
+            "test_intervals": base.interval,
+        }
+    )
 
 
 def _list_untuned_arms(job: JobSpec) -> list[str]:
     """Return the names of the arms that are the unquantised base without training."""
-    assert job.compare is not None
     return [
         name
-        for name, arm in job.compare.arms.items()
+        for name, arm in job.comparison.arms.items()
         if arm.method == "base" and arm.quantization == "none"
     ]

@@ -745,6 +745,13 @@ class JobSpec(Spec):
         return validate_environment(value)
 
     @property
+    def comparison(self) -> CompareSpec:
+        """Return the `compare` section. Raises ValueError for a job that has none."""
+        if self.compare is None:
+            raise ValueError(f"job {self.name} has no compare section")
+        return self.compare
+
+    @property
     def uses_lora(self) -> bool:
         """Return whether the method uses the `lora` block."""
         return self.method in ("lora", "qlora")

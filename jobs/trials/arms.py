@@ -22,14 +22,12 @@ from lorafleet.jobs.trials import sampling as search
 
 def get_arm(job: JobSpec, name: str) -> ArmSpec:
     """Return an arm by its name."""
-    assert job.compare is not None
-    return job.compare.arms[name]
+    return job.comparison.arms[name]
 
 
 def list_trained_arms(job: JobSpec) -> list[str]:
     """Return the names of the arms that train, in the file's order."""
-    assert job.compare is not None
-    return [name for name, arm in job.compare.arms.items() if arm.needs_training]
+    return [name for name, arm in job.comparison.arms.items() if arm.needs_training]
 
 
 def build_arm_job(job: JobSpec, name: str) -> JobSpec:
@@ -75,8 +73,7 @@ def build_search_job(job: JobSpec, name: str, samples: int | None) -> JobSpec:
         name: The arm.
         samples: Training rows of each training; None: as the job's `train` block says.
     """
-    assert job.compare is not None
-    compare, arm = job.compare, get_arm(job, name)
+    compare, arm = job.comparison, get_arm(job, name)
     arm_job = build_arm_job(job, name)
     # An arm that searches nothing is trained once for each seed: none of them is stopped early for
     # doing worse.
@@ -134,7 +131,7 @@ def find_compare_problems(job: JobSpec) -> list[Problem]:
     if job.compare is None:
         return []
     all_problems = []
-    for name, arm in job.compare.arms.items():
+    for name, arm in job.comparison.arms.items():
         arm_path = f"compare.arms.{name}"
         unknown_paths = [path for path in arm.set if path not in fields.get_leaf_fields()]
         for path in unknown_paths:
@@ -183,8 +180,7 @@ def _check_device_seconds(job: JobSpec) -> list[Problem]:
 
     Only the speed of a single process can be measured alone.
     """
-    assert job.compare is not None
-    if job.compare.budget.device_seconds is None or job.resources.world_size == 1:
+    if job.comparison.budget.device_seconds is None or job.resources.world_size == 1:
         return []
     sentence = (
         "compare.budget.device_seconds works only for trials of one process, whose speed can be "
@@ -198,9 +194,8 @@ def _check_packing(job: JobSpec) -> list[Problem]:
 
     The same number of rows is then not the same work for all arms.
     """
-    assert job.compare is not None
     packed = {build_arm_job(job, name).train.packing for name in list_trained_arms(job)}
-    budget = job.compare.budget
+    budget = job.comparison.budget
     if len(packed) < 2 or budget.tokens is not None or budget.device_seconds is not None:
         return []
     sentence = (
@@ -215,7 +210,6 @@ def _check_grid_sizes(job: JobSpec) -> list[Problem]:
 
     The arm with the larger grid would have the better chance.
     """
-    assert job.compare is not None
     sizes = {}
     for name in list_trained_arms(job):
         spec = build_search_job(job, name, None).search
@@ -226,7 +220,7 @@ def _check_grid_sizes(job: JobSpec) -> list[Problem]:
                 if parameter.expression is None
             )
             grid = search.count_grid_combinations(spec) if is_finite else None
-            num_drawn = None if job.compare.method == "grid" else job.compare.num_samples
+            num_drawn = None if job.comparison.method == "grid" else job.comparison.num_samples
             sizes[name] = min(size for size in (grid, num_drawn) if size is not None)
     if len(set(sizes.values())) <= 1:
         return []

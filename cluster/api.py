@@ -32,6 +32,7 @@ from lorafleet.cluster.fetch import fetch_job
 from lorafleet.cluster.local_site import detect_site
 from lorafleet.cluster.planning.preflight import check_names, load_checked
 from lorafleet.evaluation.report.build import build_report
+from lorafleet.jobs.data.rows import forget_rows
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.loading.job_file import LoadedJob, load_text
 from lorafleet.jobs.loading.site_file import load_site
@@ -123,6 +124,7 @@ def submit(
         fetch_job(job.job, progress)
     job_plan = backend.plan(job, command or _choose_command(job))
     run = backend.submit(job_plan, job, backend.resolve_runs_dir(Path(runs)))
+    forget_rows()  # waiting for the run needs no rows
     return SubmittedRun(run, backend, backend.watch(run))
 
 

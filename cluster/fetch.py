@@ -22,19 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.jobs import files
-from lorafleet.jobs.data.assets import PREFIX, Asset, get_asset, get_asset_folder, get_cache_dir
+from lorafleet.jobs.data.assets import PREFIX, Asset, get_asset, get_cache_dir
 from lorafleet.jobs.data.hub import (
     HubName,
-    check_complete,
     describe_missing_files,
     find_hub_model_folder,
     get_dataset_folder,
-    get_model_folder,
 )
+from lorafleet.jobs.data.inputs import resolve_inputs
 from lorafleet.jobs.data.verified_files import check_cache, check_unchanged, record_fetched_files
 from lorafleet.jobs.errors import AssetError
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.trials.trial_id import list_base_models, list_metric_models
 
 Say = Callable[[str], None]
 _PIP_TIMEOUT_SECONDS = 1800
@@ -63,16 +61,16 @@ def fetch_job(job: JobSpec, say: Say) -> None:
     Raises:
         AssetError: Something cannot be fetched, or is incomplete.
     """
-    for name, revision in list_base_models(job):
-        fetch_model(name, revision, say, code=job.model.trust_remote_code)
-        check_complete(name, revision)
-    for name in list_metric_models(job):
-        fetch_model(name, None, say)
-        check_complete(name, None)
-    if job.data.dataset_name:
-        fetch_dataset(
-            job.data.dataset_name, job.data.dataset_revision, say, job.data.dataset_config_name
-        )
+    inputs = resolve_inputs(job)
+    for model in inputs.models:
+        fetch_model(model.reference, model.revision, say, code=job.model.trust_remote_code)
+        model.check_complete()
+    for encoder in inputs.encoders:
+        fetch_model(encoder.reference, encoder.revision, say)
+        encoder.check_complete()
+    dataset = inputs.dataset
+    if dataset is not None:
+        fetch_dataset(dataset.reference, dataset.revision, say, dataset.config)
 
 
 def verify_job(job: JobSpec, say: Say) -> None:
@@ -81,21 +79,12 @@ def verify_job(job: JobSpec, say: Say) -> None:
     Raises:
         AssetError: A file differs from what was fetched.
     """
-    folders = [
-        get_model_folder(name, revision)
-        for name, revision in list_base_models(job)
-        if not Path(name).is_absolute()
-    ]
-    folders += [
-        get_model_folder(name, None)
-        for name in list_metric_models(job)
-        if not Path(name).is_absolute()
-    ]
-    if (job.data.dataset_name or "").startswith(PREFIX):
-        folders.append(get_asset_folder(str(job.data.dataset_name)))
-    for folder in folders:
-        check_unchanged(folder, read_all=True)
-        say(f"verified {folder}")
+    for item in resolve_inputs(job).fetched:
+        # Rows of the hub are converted when they are fetched, so nothing says what they must be.
+        if item.role == "dataset" and item.source == "hub":
+            continue
+        check_unchanged(item.path, read_all=True)
+        say(f"verified {item.path}")
 
 
 def fetch_model(name: str, revision: str | None, say: Say, *, code: bool = False) -> Path:

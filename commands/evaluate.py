@@ -75,6 +75,7 @@ def evaluate(
     from lorafleet.cluster.fetch import fetch_job
     from lorafleet.cluster.planning.preflight import check_names
     from lorafleet.commands.watch import follow
+    from lorafleet.jobs.data.rows import forget_rows
 
     loaded = _derive_job(what, job, data, options.runs, rounds=2 if measure else 0, trust=trust)
     backend = get_backend(options.on, options.nodes, options.chain)
@@ -87,6 +88,7 @@ def evaluate(
         cast("Cluster", backend).upload_inputs(loaded.job, report_progress)
     plan = backend.plan(loaded, "compare")
     run = backend.submit(plan, loaded, backend.resolve_runs_dir(options.runs))
+    forget_rows()  # waiting for the run needs no rows
     if options.detach:
         print_text(run.id)
         return

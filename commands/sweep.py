@@ -48,6 +48,7 @@ def start_job(
     from lorafleet.cluster.fetch import fetch_job
     from lorafleet.cluster.planning.preflight import load_checked
     from lorafleet.commands.watch import follow
+    from lorafleet.jobs.data.rows import forget_rows
     from lorafleet.jobs.errors import JobFileError, Problem
 
     loaded = load_checked(path, tuple(overrides or ()))
@@ -72,6 +73,7 @@ def start_job(
         for note in plan.notes[len(loaded.notes) :]:
             print_message(f"note: {note}")
     run = backend.submit(plan, loaded, backend.resolve_runs_dir(options.runs))
+    forget_rows()  # waiting for the run needs no rows
     if options.detach:
         print_text(run.id)
         return

@@ -493,7 +493,8 @@ def _compute_content_key(job: JobSpec) -> str:
         data.pop(name)
     content = {
         "files": {
-            split: files.compute_sha256(path) for split, path in get_split_files(job.data).items()
+            split: files.compute_file_digest(path)
+            for split, path in get_split_files(job.data).items()
         },
         "data": data,
         # Summarization and generation make the same tokens of the same rows.

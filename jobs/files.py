@@ -17,6 +17,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -358,6 +359,27 @@ def compute_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def compute_file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, read once as long as the file looks unchanged.
+
+    A file looks unchanged if its size, its time and its inode are. Use `compute_sha256`
+    where a change must be found that keeps them.
+    """
+    return _compute_digest_once(path, get_file_identity(path))
+
+
+def get_file_identity(path: Path) -> tuple[int, ...]:
+    """Return device, inode, size and modification time: what changes when a file is replaced."""
+    status = path.stat()
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _compute_digest_once(path: Path, identity: tuple[int, ...]) -> str:
+    """Return the SHA-256 of a file. `identity` is part of the key of the cache."""
+    return compute_sha256(path)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.submission import SubmissionRecord, read_record, write_record, write_run
 from lorafleet.jobs import files
 from lorafleet.jobs.data.assets import get_asset, get_cache_dir
-from lorafleet.jobs.data.hub import check_complete, get_hub_cache
+from lorafleet.jobs.data.hub import get_hub_cache
+from lorafleet.jobs.data.inputs import resolve_inputs
 from lorafleet.jobs.data.rows import load_rows
 from lorafleet.jobs.errors import AssetError, ExitCode, PlacementRefused, RunError
 from lorafleet.jobs.loading.job_file import LoadedJob
@@ -35,7 +36,6 @@ from lorafleet.jobs.schema.environment import OFFLINE
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.sites.placement import choose_node_count
 from lorafleet.jobs.sites.slurm import RequeueSpec, SlurmSite, parse_slurm_time
-from lorafleet.jobs.trials.trial_id import list_base_models
 from lorafleet.slurm import client
 from lorafleet.slurm.accounting import JobRecord
 from lorafleet.slurm.render import JOB, ScriptContext, build_submit_command, format_array, render
@@ -657,8 +657,8 @@ def _check_fetched(loaded: LoadedJob) -> None:
     """Raise AssetError if something that the job names is not where the nodes look for it."""
     job: JobSpec = loaded.job
     try:
-        for name, revision in list_base_models(job):
-            check_complete(name, revision)
+        for model in resolve_inputs(job).models:
+            model.check_complete()
         load_rows(job)
     except AssetError as error:
         raise AssetError(

@@ -27,6 +27,7 @@ from lorafleet.evaluation.render.write import write_report
 from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.comparison import select_trained_rows
 from lorafleet.jobs import files
+from lorafleet.jobs.data.rows import forget_rows
 from lorafleet.jobs.errors import ExitCode, RunError
 from lorafleet.jobs.runs.events import NoteEvent, WarningEvent
 from lorafleet.jobs.runs.run import Run, RunState
@@ -354,6 +355,10 @@ class Comparison(TrainingDriver):
         from lorafleet.training.data import prepare_tokens
 
         data = prepare_tokens(self.job)
+        for name in self.job.comparison.arms:
+            # Now, because the rows are at hand; later only the tokens are read.
+            self._prepare_tokens(arms.build_arm_job(self.job, name), data)
+        forget_rows()
         facts = compute_provenance(self.job)
         recorded = self.run.read_metadata()
         if not recorded.is_empty and recorded.data_sha256 != facts.data_sha256:

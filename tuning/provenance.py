@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lorafleet.jobs.data.custom_metric_files import compute_metric_digest
-from lorafleet.jobs.data.hub import resolve_model_revision
+from lorafleet.jobs.data.inputs import resolve_inputs
 from lorafleet.jobs.runs.records import RunMetadata
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import METRIC_VERSION
@@ -14,7 +14,6 @@ from lorafleet.jobs.trials.trial_id import (
     Provenance,
     get_conversation_settings,
     get_prompt_format,
-    list_metric_models,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +70,10 @@ def build_metadata(job: JobSpec, facts: Provenance, data: TokenData) -> RunMetad
     return RunMetadata(
         data_sha256=facts.data_sha256,
         model_revisions=facts.model_revisions,
-        encoders={name: resolve_model_revision(name, None) for name in list_metric_models(job)},
+        encoders={
+            encoder.reference: encoder.resolve_revision()
+            for encoder in resolve_inputs(job).encoders
+        },
         rows={name: counts["rows"] for name, counts in counts_by_split.items()},
         tokens={name: counts["tokens"] for name, counts in counts_by_split.items()},
         labels=list(data.labels),

@@ -21,6 +21,7 @@ from lorafleet.evaluation.metrics.summary import write_baselines
 from lorafleet.evaluation.render.write import write_report
 from lorafleet.evaluation.report.build import build_report
 from lorafleet.jobs import files
+from lorafleet.jobs.data.rows import forget_rows
 from lorafleet.jobs.errors import DiskFull, ExitCode, PlacementRefused, RunError
 from lorafleet.jobs.runs.events import NoteEvent, RayLeftEvent, SearchEvent, WarningEvent
 from lorafleet.jobs.runs.run import Run, RunState, Trial, TrialState
@@ -96,6 +97,7 @@ class Sweep(TrainingDriver):
         from lorafleet.training.data import prepare_tokens
 
         data = prepare_tokens(self.job)
+        forget_rows()  # from here on, the tokens are read
         self.facts = compute_provenance(self._searched_job)
         self._check_unchanged()
         metadata = build_metadata(self.job, self.facts, data)

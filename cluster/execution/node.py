@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lorafleet.cluster.execution.allocation import read_starts
 from lorafleet.cluster.hardware import find_gpus
 from lorafleet.jobs import files
-from lorafleet.jobs.data.hub import get_converted_folder, get_model_folder
+from lorafleet.jobs.data.hub import get_converted_folder
+from lorafleet.jobs.data.inputs import resolve_inputs
 from lorafleet.jobs.data.local_copy import create_node_copy
 from lorafleet.jobs.errors import PlacementRefused, RunError
 from lorafleet.jobs.runs.events import NoteEvent
@@ -34,7 +35,6 @@ from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.text import format_count
-from lorafleet.jobs.trials.trial_id import list_base_models
 
 PINNED = ("python", "lorafleet", "torch", "ray", "transformers", "peft")
 """Software whose version must be the same on every node and at every restart."""
@@ -351,14 +351,13 @@ def stage_models(run: Run, target: Path, say: Callable[[str], None]) -> None:
     Models that are already present are not copied.
     """
     job = JobSpec.from_record(run.read_plan().job)
-    for name, revision in list_base_models(job):
-        folder = get_model_folder(name, revision)
-        if (
-            folder / "model.gguf"
-        ).is_file():  # the driver converts it, and the converted folder is what is loaded
+    for model in resolve_inputs(job).models:
+        folder = model.path
+        # The driver converts a GGUF file, and the converted folder is what is loaded.
+        if (folder / "model.gguf").is_file():
             folder = get_converted_folder(folder)
         if folder.is_dir():
-            say(f"reading {name} from {create_node_copy(folder, target, say)}")
+            say(f"reading {model.reference} from {create_node_copy(folder, target, say)}")
 
 
 def mark_failed(run: Run, message: str) -> None:

@@ -16,15 +16,15 @@ from typing import Any
 
 from lorafleet.jobs import files
 from lorafleet.jobs.data.adapters import ADAPTER_FILES, find_adapter_refusal
-from lorafleet.jobs.data.assets import PREFIX, get_asset
+from lorafleet.jobs.data.assets import get_asset
 from lorafleet.jobs.data.custom_metric_files import find_metric_problem
 from lorafleet.jobs.data.data_files import DATA_SUFFIXES, get_data_suffix
 from lorafleet.jobs.data.hub import (
-    check_complete,
     find_code_refusal,
     get_model_folder,
     read_model_config,
 )
+from lorafleet.jobs.data.inputs import JobInput, resolve_inputs
 from lorafleet.jobs.data.rows import get_split_files
 from lorafleet.jobs.data.weight_names import is_named, list_layer_names, read_weight_shapes
 from lorafleet.jobs.errors import AssetError, DataError, JobFileError, Problem
@@ -48,7 +48,6 @@ from lorafleet.jobs.schema.model_kinds import (
     is_causal,
 )
 from lorafleet.jobs.trials.arms import build_arm_job, build_search_job
-from lorafleet.jobs.trials.trial_id import list_base_models, list_metric_models, list_model_names
 
 
 def load_checked(
@@ -99,31 +98,40 @@ def find_name_problems(loaded: LoadedJob, *, require_weights: bool = True) -> li
 
 def _find_problems(loaded: LoadedJob, *, require_weights: bool) -> list[tuple[str, str]]:
     job, problems = loaded.job, []
-    for name in list_model_names(job):
-        if name.startswith(PREFIX):
-            problems += _check_asset("model.model_name_or_path", name, "model")
-        elif Path(name).is_absolute():
-            try:
-                check_complete(name, None) if require_weights else get_model_folder(name, None)
-            except AssetError as error:
-                problems.append(("model.model_name_or_path", str(error)))
-    for name, revision in list_base_models(job) if job.model.trust_remote_code else ():
-        message = find_code_refusal(name, revision)
+    inputs = resolve_inputs(job)
+    for item in inputs.items:
+        problems += _check_input(item, job, require_weights=require_weights)
+    for model in inputs.models if job.model.trust_remote_code else ():
+        message = find_code_refusal(model.reference, model.revision)
         problems += [("model.trust_remote_code", message)] if message else []
-    data = job.data.dataset_name
-    if data and data.startswith(PREFIX):
-        problems += _check_asset("data.dataset_name", data, "dataset")
-    elif data and Path(data).is_absolute():
-        try:
-            get_split_files(job.data)
-        except DataError as error:
-            problems.append(("data.dataset_name", str(error)))
-    for field in ("train_file", "validation_file", "test_file"):
-        problems += _check_file(f"data.{field}", getattr(job.data, field))
     problems += (
         _check_strategy(loaded) + _check_models(loaded) + _check_metrics(job) + _check_arms(job)
     )
-    return problems + _check_adapter(job)
+    # A model that is named twice, with two revisions, has the same problem twice.
+    return list(dict.fromkeys(problems + _check_adapter(job)))
+
+
+def _check_input(item: JobInput, job: JobSpec, *, require_weights: bool) -> list[tuple[str, str]]:
+    """Return the problems with a model, an encoder, a data set or a data file.
+
+    Inputs of the hub may be fetched later, so they are not looked up. Adapters, metrics and
+    DeepSpeed files have checks of their own.
+    """
+    kinds = {"model": "model", "encoder": "model", "dataset": "dataset"}
+    if item.source == "asset":
+        return _check_asset(item.field, item.reference, kinds[item.role])
+    if item.source == "hub":
+        return []
+    try:
+        if item.role == "encoder" or (item.role == "model" and require_weights):
+            item.check_complete()
+        elif item.role == "model":
+            _ = item.path  # raises if there is no such folder
+        elif item.role == "dataset":
+            get_split_files(job.data)
+    except (AssetError, DataError) as error:
+        return [(item.field, str(error))]
+    return _check_file(item.field, item.reference) if item.role == "data_file" else []
 
 
 def _check_adapter(job: JobSpec) -> list[tuple[str, str]]:
@@ -151,20 +159,12 @@ def _check_adapter(job: JobSpec) -> list[tuple[str, str]]:
 
 
 def _check_metrics(job: JobSpec) -> list[tuple[str, str]]:
-    """Return the problems with custom metrics and BERTScore encoders."""
+    """Return the problems with custom metrics."""
     problems = []
     for name, metric in job.evaluate.custom_metrics.items():
         message = find_metric_problem(name, metric)
         if message:
             problems.append((f"evaluate.custom_metrics.{name}.function", message))
-    for encoder in list_metric_models(job):
-        if encoder.startswith(PREFIX):
-            problems += _check_asset("evaluate.bertscore_model", encoder, "model")
-        elif Path(encoder).is_absolute():
-            try:
-                check_complete(encoder, None)
-            except AssetError as error:
-                problems.append(("evaluate.bertscore_model", str(error)))
     return problems
 
 
@@ -460,9 +460,7 @@ def _check_asset(field: str, name: str, kind: str) -> list[tuple[str, str]]:
     )
 
 
-def _check_file(field: str, name: str | None) -> list[tuple[str, str]]:
-    if name is None:
-        return []
+def _check_file(field: str, name: str) -> list[tuple[str, str]]:
     path = Path(name)
     if not path.is_file():
         return [(field, f"{field} is {name}, but {files.describe_non_file(path)}")]

@@ -16,48 +16,23 @@ from typing import Any
 
 from lorafleet.cluster.remote.transfer import UploadItem, compute_digest, list_files
 from lorafleet.jobs import files
-from lorafleet.jobs.data.assets import PREFIX, get_asset, get_cache_dir
-from lorafleet.jobs.data.custom_metric_files import get_metric_file
+from lorafleet.jobs.data.assets import get_asset, get_cache_dir
 from lorafleet.jobs.data.hub import (
-    find_hub_model_folder,
     get_dataset_folder,
     get_hub_cache,
-    get_model_folder,
 )
-from lorafleet.jobs.data.rows import get_split_files
+from lorafleet.jobs.data.inputs import JobInput, resolve_inputs
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.trials.trial_id import list_base_models, list_metric_models, list_model_names
 from lorafleet.jobs.user import get_state_folder
-
-_FILE_FIELDS = ("train_file", "validation_file", "test_file")
 
 
 def list_local_inputs(job: JobSpec) -> list[tuple[str, str]]:
     """Return (field, path) of everything that a job names by a path of this machine.
 
-    A value counts as a path if it begins with `/`, `./`, `../` or `~`; anything else is a
-    hub id or an asset.
+    A model or data set counts as a path if it begins with `/`, `./`, `../` or `~`; anything
+    else is a hub id or an asset.
     """
-    inputs: list[tuple[str, str | None]] = [
-        (f"data.{field}", getattr(job.data, field)) for field in _FILE_FIELDS
-    ]
-    inputs += [
-        ("data.dataset_name", job.data.dataset_name),
-        ("train.init_adapter", job.train.init_adapter),
-    ]
-    inputs += [("resources.deepspeed_config", job.resources.deepspeed_config)]
-    inputs += [("model.model_name_or_path", name) for name in list_model_names(job)]
-    inputs += [("evaluate.bertscore_model", name) for name in list_metric_models(job)]
-    arms = job.compare.arms if job.compare else {}
-    inputs += [(f"compare.arms.{name}.weights", arm.weights) for name, arm in arms.items()]
-    metrics = job.evaluate.custom_metrics
-    inputs += [
-        (f"evaluate.custom_metrics.{name}.function", get_metric_file(metric))
-        for name, metric in metrics.items()
-    ]
-    return [
-        (field, path) for field, path in inputs if path and path.startswith(("/", "./", "../", "~"))
-    ]
+    return [(item.field, item.reference) for item in resolve_inputs(job).paths]
 
 
 def build_upload_item(path: str) -> UploadItem:
@@ -73,18 +48,11 @@ def list_fetched_items(job: JobSpec) -> list[UploadItem]:
     Their paths in the storage's cache are the same as in this machine's cache.
     """
     items = []
-    for name, revision in list_base_models(job):
-        if not Path(name).is_absolute():
-            items += _list_model_items(name, revision)
-    for name in list_metric_models(job):
-        if not Path(name).is_absolute():
-            items += _list_model_items(name, None)
-    data = job.data.dataset_name
-    if data and not Path(data).is_absolute():
-        folder = get_dataset_folder(data, job.data.dataset_revision, job.data.dataset_config_name)
-        if data.startswith(PREFIX):
-            folder = next(iter(get_split_files(job.data).values())).parent
-        items.append(build_asset_item(folder))
+    for item in resolve_inputs(job).fetched:
+        if item.role == "dataset":
+            items.append(build_asset_item(item.path))
+        else:
+            items += _list_model_items(item)
     return items
 
 
@@ -96,9 +64,9 @@ def build_asset_item(folder: Path) -> UploadItem:
     return UploadItem(folder, str(folder.relative_to(get_cache_dir())), compute_digest(folder))
 
 
-def _list_model_items(name: str, revision: str | None) -> list[UploadItem]:
-    folder = get_model_folder(name, revision)
-    if name.startswith(PREFIX):
+def _list_model_items(model: JobInput) -> list[UploadItem]:
+    folder = model.path
+    if model.source == "asset":
         return [build_asset_item(folder)]
     items = [
         UploadItem(
@@ -106,8 +74,8 @@ def _list_model_items(name: str, revision: str | None) -> list[UploadItem]:
         )
     ]
     # Without the reference, the hub's library does not find the snapshot of a branch offline.
-    reference = folder.parent.parent / "refs" / (revision or "main")
-    if find_hub_model_folder(name, revision) and reference.is_file():
+    reference = folder.parent.parent / "refs" / (model.revision or "main")
+    if reference.is_file():
         items.append(
             UploadItem(
                 reference,
@@ -177,44 +145,29 @@ def list_missing_uploads(storage: str, job: JobSpec) -> list[str]:
         for row in files.read_jsonl(_get_ledger_path())
         if row.get("storage") == storage
     }
-    data = [(job.data.dataset_name, _get_dataset_target(job))] if job.data.dataset_name else []
-    bases = [*list_base_models(job), *((name, None) for name in list_metric_models(job))]
-    models = [
-        (name, target)
-        for name, revision in bases
-        for target in _list_model_targets(name, revision, uploaded)
-    ]
-    required = [(str(name), target) for name, target in [*models, *data] if target]
     return [
-        name
-        for name, target in required
-        if not any(uploaded_target.startswith(target) for uploaded_target in uploaded)
+        item.reference
+        for item in resolve_inputs(job).fetched
+        if not any(target.startswith(_get_target(item, uploaded)) for target in uploaded)
     ]
 
 
-def _get_dataset_target(job: JobSpec) -> str:
-    name = str(job.data.dataset_name)
-    if Path(name).is_absolute():
-        return ""
-    hub = get_dataset_folder(name, job.data.dataset_revision, job.data.dataset_config_name)
-    folder = get_asset(name).folder if name.startswith(PREFIX) else hub
-    return str(folder.relative_to(get_cache_dir()))
-
-
-def _list_model_targets(name: str, revision: str | None, uploaded: Iterable[str]) -> list[str]:
-    """Return where a model must be stored.
+def _get_target(item: JobInput, uploaded: Iterable[str]) -> str:
+    """Return the path in the storage's cache at which a fetched input must be stored.
 
     For a hub model that is its revision's reference or its snapshot, whichever was uploaded.
     """
-    if Path(name).is_absolute():
-        return []
-    if name.startswith(PREFIX):
-        return [str(get_asset(name).folder.relative_to(get_cache_dir()))]
+    name = item.reference
+    if item.source == "asset":
+        return str(get_asset(name).folder.relative_to(get_cache_dir()))
+    if item.role == "dataset":
+        folder = get_dataset_folder(name, item.revision, item.config)
+        return str(folder.relative_to(get_cache_dir()))
     repository = f"hub/models--{name.replace('/', '--')}"
-    snapshot = f"{repository}/snapshots/{revision}"
-    return [
-        snapshot if revision and snapshot in uploaded else f"{repository}/refs/{revision or 'main'}"
-    ]
+    snapshot = f"{repository}/snapshots/{item.revision}"
+    if item.revision and snapshot in uploaded:
+        return snapshot
+    return f"{repository}/refs/{item.revision or 'main'}"
 
 
 def compute_stat_digest(source: Path) -> str:

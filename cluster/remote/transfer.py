@@ -346,11 +346,12 @@ def compute_digest(source: Path) -> str:
         FileNotFoundError: There is no such file or folder.
     """
     if source.is_file():
-        return files.compute_sha256(source)
+        return files.compute_file_digest(source)
     if not source.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(source))
     lines = (
-        f"{path.relative_to(source)} {files.compute_sha256(path)}\n" for path in list_files(source)
+        f"{path.relative_to(source)} {files.compute_file_digest(path)}\n"
+        for path in list_files(source)
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

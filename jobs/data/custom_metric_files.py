@@ -28,7 +28,7 @@ def compute_metric_digest(metric: CustomMetric) -> str:
         OSError: If the file cannot be read.
     """
     path, _, function = metric.function.partition(":")
-    return f"{files.compute_sha256(Path(path))}:{function}"
+    return f"{files.compute_file_digest(Path(path))}:{function}"
 
 
 def find_metric_problem(name: str, metric: CustomMetric) -> str | None:

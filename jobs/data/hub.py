@@ -301,7 +301,7 @@ def _compute_folder_digest(folder: Path) -> str:
             file.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
             and file.is_file()
         ):
-            digest.update(f"{file.name}:{files.compute_sha256(file)}\n".encode())
+            digest.update(f"{file.name}:{files.compute_file_digest(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,9 @@ class Rows:
 def load_rows(job: JobSpec, bad_rows: list[str] | None = None) -> Rows:
     """Load all rows of a job, checked and split.
 
-    The same job and files give the same rows in the same order, on any machine.
+    The same job and files give the same rows in the same order, on any machine. The rows of
+    the last call are kept, so several steps of one command read the files once. Call
+    `forget_rows` when the command needs them no more.
 
     Args:
         job: The job. Its data must be on this machine.
@@ -80,7 +83,33 @@ def load_rows(job: JobSpec, bad_rows: list[str] | None = None) -> Rows:
         AssetError: The data set is not on this machine, or its files were changed.
     """
     sources = get_split_files(job.data)
-    sha256 = {split: files.compute_sha256(path) for split, path in sources.items()}
+    key = (
+        job.data.model_dump_json(),
+        job.task,
+        *((split, path, files.get_file_identity(path)) for split, path in sources.items()),
+    )
+    rows = _last_rows.get(key)
+    if rows is None or bad_rows is not None:
+        rows = _read_rows(job, sources, bad_rows)
+        _last_rows.clear()
+        if bad_rows is None:
+            _last_rows[key] = rows
+    mismatch = _describe_head_mismatch(job, len(rows.labels))
+    return replace(rows, warnings=(*rows.warnings, *mismatch)) if mismatch else rows
+
+
+_last_rows: dict[tuple[Any, ...], Rows] = {}
+"""Rows of the last call of `load_rows`, by all that they depend on."""
+
+
+def forget_rows() -> None:
+    """Free the memory of the rows that `load_rows` keeps."""
+    _last_rows.clear()
+
+
+def _read_rows(job: JobSpec, sources: dict[str, Path], bad_rows: list[str] | None) -> Rows:
+    """Read the rows of a job. Arguments and errors are those of `load_rows`."""
+    sha256 = {split: files.compute_file_digest(path) for split, path in sources.items()}
     unused: Counter[str] = Counter()
     formats: dict[str, DataFormat] = {}
     notes: list[str] = []
@@ -96,7 +125,7 @@ def load_rows(job: JobSpec, bad_rows: list[str] | None = None) -> Rows:
         else ()
     )
     rows = _make_splits(job.data, loaded_splits, warnings)
-    warnings += _describe_duplicates(rows) + _describe_head_mismatch(job, len(labels))
+    warnings += _describe_duplicates(rows)
     test = rows["test"]
     return Rows(
         rows["train"],

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafleet.jobs import files
 from lorafleet.jobs.data.adapters import ADAPTER_FILES
-from lorafleet.jobs.data.hub import resolve_model_revision
+from lorafleet.jobs.data.inputs import JobInput, resolve_inputs
 from lorafleet.jobs.data.rows import get_split_files
 from lorafleet.jobs.data.splits import SPLIT_VERSION
+from lorafleet.jobs.files import compute_file_digest
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials.defaults import resolve_learning_rate
@@ -105,28 +105,27 @@ def compute_provenance(job: JobSpec) -> Provenance:
         update={"train": job.train.model_copy(update={"learning_rate": None})}
     )
     return Provenance(
-        {split: files.compute_sha256(path) for split, path in get_split_files(job.data).items()},
-        _resolve_revisions(job),
+        {split: compute_file_digest(path) for split, path in get_split_files(job.data).items()},
+        _resolve_revisions(resolve_inputs(job).models),
         {
             method: resolve_learning_rate(
                 job_without_rate.model_copy(update={"method": method})
             ).value
             for method in METHOD_BLOCKS
         },
-        files.compute_sha256(Path(adapter) / ADAPTER_FILES[1]) if adapter else "",
+        compute_file_digest(Path(adapter) / ADAPTER_FILES[1]) if adapter else "",
     )
 
 
-def _resolve_revisions(job: JobSpec) -> dict[str, str]:
+def _resolve_revisions(models: list[JobInput]) -> dict[str, str]:
     """Return model -> what identifies it.
 
     A model that arms use in several revisions is listed as NAME and as NAME@REVISION.
     """
     revisions: dict[str, str] = {}
-    for name, revision in list_base_models(job):
-        revisions[f"{name}@{revision}" if name in revisions else name] = resolve_model_revision(
-            name, revision
-        )
+    for model in models:
+        name = str(model) if model.reference in revisions else model.reference
+        revisions[name] = model.resolve_revision()
     return revisions
 
 
@@ -140,37 +139,6 @@ def get_base_revision(revisions: dict[str, str], job: JobSpec) -> str | None:
     """
     name = job.model.model_name_or_path
     return revisions.get(f"{name}@{job.model.revision}", revisions.get(name))
-
-
-_MODEL = "model.model_name_or_path"
-
-
-def list_base_models(job: JobSpec) -> list[tuple[str, str | None]]:
-    """Return (name, revision) of the base models of a job, its search and its arms.
-
-    Each pair is listed once.
-    """
-    name, revision = job.model.model_name_or_path, job.model.revision
-    parameter = job.search.parameters.get(_MODEL) if job.search else None
-    bases = [(name, revision)]
-    bases += [(str(value), revision) for value in (parameter.values if parameter else None) or []]
-    for arm in job.compare.arms.values() if job.compare else ():
-        arm_model = str(arm.set.get(_MODEL, name))
-        default_revision = (
-            None if _MODEL in arm.set else revision
-        )  # the job's revision belongs to another model
-        bases.append((arm_model, arm.set.get("model.revision", default_revision)))
-    return list(dict.fromkeys(bases))
-
-
-def list_model_names(job: JobSpec) -> list[str]:
-    """Return the names of the base models of a job, its search and its arms."""
-    return list(dict.fromkeys(name for name, _ in list_base_models(job)))
-
-
-def list_metric_models(job: JobSpec) -> list[str]:
-    """Return the models that a job's metrics need."""
-    return [job.evaluate.bertscore_model] if "bertscore_f1" in job.text_metrics else []
 
 
 def get_prompt_format(job: JobSpec) -> int:

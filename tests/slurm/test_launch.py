@@ -32,7 +32,7 @@ def hosts(run: Run) -> set[str]:
         row.host.partition(":")[0]
         for trial in run.list_trials()
         for row in trial.read_metrics()
-        if "host" in row
+        if row.host is not None
     }
 
 
@@ -129,7 +129,7 @@ def test_ray_that_does_not_start(login: Login, bert_job: JobMaker) -> None:
 
 def test_nodes_that_differ(login: Login, bert_job: JobMaker) -> None:
     """One node has another torch: one sentence names it, before Ray is started."""
-    change = """sed -e 's/"torch": "/"torch": "9/'"""
+    change = """sed -e 's/"torch":"/"torch":"9/'"""
     look = '[ "$(uname -n) $1 $2" = "node2 node look" ]'
     login.wrap("lorafleet", f'if {look}; then PROGRAM "$@" | {change}; else exec PROGRAM "$@"; fi')
     run = login.submit(bert_job(SEARCH))

@@ -39,6 +39,7 @@ from lorafleet.evaluation.report.comparison import (
 from lorafleet.evaluation.report.samples import select_differing, select_mistakes, select_worst
 from lorafleet.evaluation.tokens import Split, assign_folds, concat
 from lorafleet.jobs import files
+from lorafleet.jobs.data.inputs import list_base_models
 from lorafleet.jobs.errors import JobFileError, UserError
 from lorafleet.jobs.loading.evaluate_job import ModelArm, check_base, make_folder_arm, name_arms
 from lorafleet.jobs.loading.job_file import LoadedJob
@@ -51,7 +52,7 @@ from lorafleet.jobs.schema.search import NamedMetric
 from lorafleet.jobs.schema.types import Assignment
 from lorafleet.jobs.trials import arms
 from lorafleet.jobs.trials import sampling as search
-from lorafleet.jobs.trials.trial_id import get_base_revision, list_base_models
+from lorafleet.jobs.trials.trial_id import get_base_revision
 from lorafleet.training.data import prepare_tokens
 from lorafleet.tuning.compare import Comparison
 from lorafleet.tuning.ledger import Ledger

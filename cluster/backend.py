@@ -179,6 +179,12 @@ class Cluster(Backend, Protocol):
     def site_name(self) -> str:
         """Return the name of the site."""
 
+    def adopt_caches(self) -> None:
+        """Make this process look for models and data where the machines of the site do.
+
+        Does nothing for sites that do not see this machine's disks.
+        """
+
     def upload_inputs(self, job: JobSpec, say: Say) -> str:
         """Upload everything that a job names to where its processes look for it; return a
         message.

@@ -41,7 +41,7 @@ def _get_backend_class(kind: str) -> Any:
 def create_cluster_backend(site: LoadedSite, nodes: int | None = None) -> Cluster:
     """Return the backend for the cluster of a site file, for a job on `nodes` nodes.
 
-    The cluster is not contacted.
+    The cluster is not contacted. From here on, this process uses the site's caches.
 
     Args:
         nodes: Value of `--nodes`. None: the site's default.
@@ -50,6 +50,7 @@ def create_cluster_backend(site: LoadedSite, nodes: int | None = None) -> Cluste
         PlacementRefused: The kind of cluster cannot limit a job to some nodes.
     """
     backend: Cluster = _get_backend_class(site.site.kind)(site.site, nodes)
+    backend.adopt_caches()
     return backend
 
 
@@ -73,4 +74,5 @@ def get_backend(run: Run, *, trust: bool = False) -> RunBackend:
         # read or stopped.
         return create_local_backend(detect_local_site())
     backend: Cluster = _get_backend_class(record.kind).from_record(record)
+    backend.adopt_caches()
     return backend

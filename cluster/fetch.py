@@ -28,6 +28,7 @@ from lorafleet.jobs.data.hub import (
     describe_missing_files,
     find_hub_model_folder,
     get_dataset_folder,
+    get_hub_cache,
 )
 from lorafleet.jobs.data.inputs import resolve_inputs
 from lorafleet.jobs.data.verified_files import check_cache, check_unchanged, record_fetched_files
@@ -332,7 +333,14 @@ def _download_hub_model(name: HubName, say: Say, *, code: bool) -> Path:
     try:
         # Without pickled weights: only safetensors are ever loaded.
         patterns = [*_MODEL_FILES, *(["*.py"] if code else [])]
-        return Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=patterns))
+        folder = snapshot_download(
+            name.repo,
+            revision=name.revision,
+            allow_patterns=patterns,
+            # The client reads HF_HUB_CACHE when it is imported; a site may have changed it since.
+            cache_dir=get_hub_cache(),
+        )
+        return Path(folder)
     except (
         OSError,
         HfHubHTTPError,

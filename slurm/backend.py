@@ -54,16 +54,20 @@ class SlurmBackend:
     """A backend that submits jobs to the queue of a Slurm site.
 
     The nodes see this machine's folders: the local folder is the run itself, and nothing is
-    uploaded or downloaded. For a site with a `cache_dir`, creating the backend sets
-    LORAFLEET_CACHE and HF_HUB_CACHE of this process.
+    uploaded or downloaded.
     """
 
     def __init__(self, site: SlurmSite, nodes: int | None = None) -> None:
         self.site = site
         self.asked_nodes = nodes
-        # Planning and fetching must look where the nodes will look.
-        if site.cache_dir:
-            cache = _resolve_site_folder(site.cache_dir, "cache_dir", site)
+
+    def adopt_caches(self) -> None:
+        """Set LORAFLEET_CACHE and HF_HUB_CACHE of this process to the `cache_dir` of the site.
+
+        Planning and fetching then look where the nodes will look.
+        """
+        if self.site.cache_dir:
+            cache = _resolve_site_folder(self.site.cache_dir, "cache_dir", self.site)
             os.environ["LORAFLEET_CACHE"] = str(cache)
             os.environ["HF_HUB_CACHE"] = str(cache / "hub")
 

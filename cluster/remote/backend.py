@@ -168,6 +168,9 @@ class RemoteBackend(ABC, Generic[AwaySite]):
             f"{self.get_run_folder(run)} on the storage; its record on this machine in {runs / run}"
         )
 
+    def adopt_caches(self) -> None:
+        """Do nothing: the machines of the site have caches of their own."""
+
     def resolve_runs_dir(self, requested: Path) -> Path:
         """Return the local folder of the records; the runs themselves are on the site's storage."""
         return requested

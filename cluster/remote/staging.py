@@ -20,6 +20,7 @@ from lorafleet.jobs.data.assets import get_asset, get_cache_dir
 from lorafleet.jobs.data.hub import (
     get_dataset_folder,
     get_hub_cache,
+    get_repository_folder_name,
 )
 from lorafleet.jobs.data.inputs import JobInput, resolve_inputs
 from lorafleet.jobs.schema.job import JobSpec
@@ -163,7 +164,7 @@ def _get_target(item: JobInput, uploaded: Iterable[str]) -> str:
     if item.role == "dataset":
         folder = get_dataset_folder(name, item.revision, item.config)
         return str(folder.relative_to(get_cache_dir()))
-    repository = f"hub/models--{name.replace('/', '--')}"
+    repository = f"hub/{get_repository_folder_name(name)}"
     snapshot = f"{repository}/snapshots/{item.revision}"
     if item.revision and snapshot in uploaded:
         return snapshot

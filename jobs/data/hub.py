@@ -1,7 +1,6 @@
-"""Find models and data sets of the Hugging Face Hub on this machine, without its client.
+"""Find models and data sets of the Hugging Face Hub on this machine.
 
-The layout of the client's cache is read directly (`models--ORG--NAME`, with `refs` and
-`snapshots`), so that planning needs neither the package nor a network. Downloads are in
+Only the client's functions for its cache are used, which need no network. Downloads are in
 `cluster/fetch.py`.
 """
 
@@ -35,8 +34,9 @@ class HubName:
 def get_hub_cache() -> Path:
     """Return the hub client's cache: HF_HUB_CACHE, or `hub` below HF_HOME.
 
-    The variables are huggingface_hub's. Without them it is `huggingface/hub` below
-    XDG_CACHE_HOME or ~/.cache. The folder may not exist.
+    The variables are huggingface_hub's, which reads them once, when it is imported; a site file
+    may change them later. Without them it is `huggingface/hub` below XDG_CACHE_HOME or ~/.cache.
+    The folder may not exist.
     """
     override = os.environ.get("HF_HUB_CACHE")
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -155,15 +155,24 @@ def find_hub_model_folder(name: str, revision: str | None) -> Path | None:
         revision: A branch, a tag or a commit; None for `main`. A branch means the commit
             that was last downloaded for it.
     """
-    repository = get_hub_cache() / f"models--{name.replace('/', '--')}"
-    reference = revision or "main"
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        commit = files.read_regular_text(repository / "refs" / reference, 1000).strip()
-    except (OSError, ValueError):
-        # Commits have no file in refs: the revision is the name of the snapshot itself.
-        commit = reference
-    folder = repository / "snapshots" / commit
-    return folder if (folder / "config.json").exists() else None
+        config = try_to_load_from_cache(
+            name, "config.json", cache_dir=get_hub_cache(), revision=revision
+        )
+    except (HFValidationError, OSError, ValueError):
+        return None
+    # Not a path if the file is not there, or is known not to exist.
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def get_repository_folder_name(name: str) -> str:
+    """Return the name of a hub model's folder in the client's cache."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    return str(repo_folder_name(repo_id=name, repo_type="model"))
 
 
 def get_dataset_folder(name: str, revision: str | None, config: str | None = None) -> Path:

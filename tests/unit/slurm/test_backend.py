@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lorafleet.cluster.backends import create_cluster_backend
+from lorafleet.jobs.data.assets import get_cache_dir
+from lorafleet.jobs.data.hub import get_hub_cache
 from lorafleet.jobs.errors import JobFileError, PlacementRefused, UserError
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.loading.site_file import load_site
@@ -294,6 +297,21 @@ def test_a_folder_whose_variable_is_not_set_here(
         backend.resolve_runs_dir(tmp_path)
     monkeypatch.setenv("NO_SUCH_FOLDER", "/there")
     assert backend.resolve_runs_dir(tmp_path) == Path("/there/runs")
+
+
+def test_the_caches_of_a_site_are_used_when_it_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making a backend changes nothing; choosing one for a command does."""
+    monkeypatch.setenv("LORAFLEET_CACHE", "/before")
+    monkeypatch.setenv("HF_HUB_CACHE", "/before/hub")
+    text = f"kind: slurm\ncpus_per_node: 4\nmemory_gb_per_node: 8\ncache_dir: {tmp_path}/c\n"
+    (tmp_path / "x.yaml").write_text(text)
+    site = load_site(str(tmp_path / "x.yaml"))
+    SlurmBackend(site.site)
+    assert (get_cache_dir(), get_hub_cache()) == (Path("/before"), Path("/before/hub"))
+    create_cluster_backend(site)
+    assert (get_cache_dir(), get_hub_cache()) == (tmp_path / "c", tmp_path / "c" / "hub")
 
 
 def test_locks_are_not_passed_by_the_block_around_them(tmp_path: Path) -> None:

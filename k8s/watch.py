@@ -7,20 +7,19 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from lorafleet.cluster.backend import RunStatus
 from lorafleet.cluster.submission import (
     compute_exit_code,
-    infer_unknown_status,
-    read_own_state,
     read_record,
     record_final_state,
 )
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.run import Run, RunState
-from lorafleet.k8s.client import Client
-from lorafleet.k8s.states import parse_job_state
+from lorafleet.k8s.connections import Connections
+from lorafleet.k8s.job_status import JobStatusReader
+from lorafleet.k8s.record_sync import RecordSync
 
 _REFRESH_SECONDS = 10.0
 """Seconds between two downloads of the run's record."""
@@ -29,49 +28,6 @@ _EXPLAIN_SECONDS = 20.0
 _CLOSE_TIMEOUT_SECONDS = 3.0
 """Seconds that a closed watch waits for its threads to end."""
 _UNKNOWN_JOB: Any = object()
-
-
-def derive_status(run: Run, name: str, job: dict[str, Any] | None, *, queued: bool) -> RunStatus:
-    """Return the status of a run from its RayJob and its local record.
-
-    The cluster decides while the RayJob lives. At its end, what the run itself recorded is
-    more exact than the three end states of Ray.
-
-    Args:
-        name: Name of the RayJob, for messages.
-        job: The RayJob; None if it does not exist.
-        queued: True if a queue admits the job.
-    """
-    if job is None:
-        return infer_unknown_status(
-            run, f"RayJob {name} is no longer on the cluster, and lorafleet did not delete it"
-        )
-    state = parse_job_state(job.get("status"), queued=queued)
-    if job.get("metadata", {}).get("deletionTimestamp") and not state.ended:
-        return RunStatus(
-            RunState.RUNNING, f"RayJob {name} is being deleted: its trials are saved first"
-        )
-    if not state.ended:
-        return RunStatus(state.run, f"RayJob {name} {state.sentence}")
-    own_state, reason = read_own_state(run)
-    if state.run is RunState.FINISHED and own_state in (RunState.STOPPED, RunState.FAILED):
-        return RunStatus(
-            own_state, reason
-        )  # Ray counts the job as succeeded, because a retry on another cluster could not help
-    if state.run is RunState.FINISHED:
-        return RunStatus(state.run, reason)
-    # The driver's own reason says more than Ray's `exit code 2`.
-    if state.run is RunState.FAILED and own_state is RunState.FAILED and reason:
-        return RunStatus(RunState.FAILED, reason)
-    if state.run is RunState.STOPPED:
-        return RunStatus(
-            RunState.STOPPED,
-            f"RayJob {name} {state.sentence}; continue it with `lorafleet resume {run.id}`",
-        )
-    missing = reason if own_state is None else ""
-    return RunStatus(
-        state.run, "; ".join(filter(None, [f"RayJob {name} {state.sentence}", missing]))
-    )
 
 
 def has_started_driver(job: dict[str, Any] | None) -> bool:
@@ -95,29 +51,6 @@ def get_driver_exit_code(job: dict[str, Any] | None) -> int | None:
     return int(match[1]) if match else None
 
 
-class WatchedBackend(Protocol):
-    """What a watch needs of the backend."""
-
-    @property
-    def client(self) -> Client:
-        """Return the cluster's client."""
-
-    def get_object_name(self, run: Run) -> str:
-        """Return the name of the run's RayJob."""
-
-    def derive_status(self, run: Run, job: dict[str, Any] | None) -> RunStatus:
-        """Return the status of a run, given its RayJob."""
-
-    def explain_pending(self, run: Run, job: dict[str, Any]) -> str:
-        """Return why pods of a run do not start."""
-
-    def download_from_head(self, run: Run, submission: int) -> bool:
-        """Download a run's record through its head; return whether it could be downloaded."""
-
-    def collect(self, run: Run, submission: int, *, ran: bool) -> None:
-        """Download the record of a submission that has ended."""
-
-
 class KubernetesWatch:
     """A watch with two threads: one follows the RayJob, one downloads what the run writes.
 
@@ -128,9 +61,12 @@ class KubernetesWatch:
 
     detaches = True
 
-    def __init__(self, backend: WatchedBackend, run: Run) -> None:
-        self.backend, self.run = backend, run
-        self.name = backend.get_object_name(run)
+    def __init__(
+        self, run: Run, connections: Connections, job_status: JobStatusReader, sync: RecordSync
+    ) -> None:
+        self.run = run
+        self.connections, self.job_status, self.sync = connections, job_status, sync
+        self.name = job_status.get_object_name(run)
         self.submission = read_record(run).submission
         self.status = RunStatus(run.state)
         self._job: Any = _UNKNOWN_JOB
@@ -158,7 +94,7 @@ class KubernetesWatch:
         deadline = time.monotonic() + _CLOSE_TIMEOUT_SECONDS
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             # Repeated: a watch that is just being opened misses the first call.
-            self.backend.client.stop_following()
+            self.connections.client.stop_following()
             for thread in self._threads:
                 thread.join(0.05)
 
@@ -171,7 +107,7 @@ class KubernetesWatch:
             self._broken = error
 
     def _follow_job(self) -> None:
-        self.backend.client.follow(self.name, self._update_job, self._record_failure, self._end)
+        self.connections.client.follow(self.name, self._update_job, self._record_failure, self._end)
 
     def _update_job(self, job: dict[str, Any] | None) -> None:
         self._job, self._trouble = job, ""
@@ -187,10 +123,10 @@ class KubernetesWatch:
                 and self._get_status().state is RunState.RUNNING
             ):
                 with contextlib.suppress(UserError):  # `poll` reports the cluster's errors
-                    self.backend.download_from_head(self.run, self.submission)
+                    self.sync.download_from_head(self.run, self.submission)
 
     def _get_status(self) -> RunStatus:
-        return self.backend.derive_status(self.run, self._job)
+        return self.job_status.derive(self.run, self._job)
 
     def poll(self) -> int | None:
         """Return the driver's exit code once the RayJob has ended or is gone.
@@ -211,9 +147,9 @@ class KubernetesWatch:
             return None
         # No further refresh: one transfer at a time writes the record, and this one is the last.
         self._end.set()
-        self.backend.collect(self.run, self.submission, ran=self._ran or has_started_driver(job))
+        self.sync.collect(self.run, self.submission, ran=self._ran or has_started_driver(job))
         self.status = record_final_state(
-            self.run, self.submission, self.backend.derive_status(self.run, job)
+            self.run, self.submission, self.job_status.derive(self.run, job)
         )
         return compute_exit_code(self.run, self.status, get_driver_exit_code(job))
 
@@ -224,7 +160,7 @@ class KubernetesWatch:
         if time.monotonic() - self._asked_why > _EXPLAIN_SECONDS or self._changed.is_set():
             self._changed.clear()
             self._asked_why = time.monotonic()
-            self._why = self.backend.explain_pending(self.run, self._job)
+            self._why = self.job_status.explain_pending(self.run, self._job)
         return f": {self._why}" if self._why else ""
 
     def send_signal(self, number: int) -> None:

@@ -31,7 +31,7 @@ def storage_at(folder: Path, **more: Any) -> KubernetesSite:
 def name_of(run: Run) -> str:
     backend = get_backend(run)
     assert isinstance(backend, KubernetesBackend)
-    return backend.get_object_name(run)
+    return backend.job_status.get_object_name(run)
 
 
 def stored(run: Run) -> dict[str, Any]:

@@ -382,7 +382,7 @@ def test_a_server_that_talks_nonsense_is_asked_again(
     monkeypatch.setattr(Client, "_follow_once", lambda *_: 1 / 0)
 
     def ended() -> bool:
-        watch.backend.client.stop_following()  # a watch that is being opened does not hear it
+        watch.connections.client.stop_following()  # a watch that is being opened does not hear it
         return watch.poll() is not None
 
     with pytest.raises(ZeroDivisionError):

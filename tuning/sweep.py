@@ -6,46 +6,34 @@ not ended. Tune's snapshots are not used.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorafleet.cluster.execution.allocation import get_allocation
-from lorafleet.cluster.ray.nodes import parse_nodes
-from lorafleet.evaluation.metrics.summary import write_baselines
 from lorafleet.evaluation.render.write import write_report
-from lorafleet.evaluation.report.build import build_report
 from lorafleet.jobs import files
 from lorafleet.jobs.data.rows import forget_rows
-from lorafleet.jobs.errors import DiskFull, ExitCode, PlacementRefused, RunError
-from lorafleet.jobs.runs.events import NoteEvent, RayLeftEvent, SearchEvent, WarningEvent
+from lorafleet.jobs.errors import DiskFull, ExitCode, RunError
+from lorafleet.jobs.runs.events import SearchEvent
 from lorafleet.jobs.runs.run import Run, RunState, Trial, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.types import Assignment
-from lorafleet.jobs.sites.placement import fit_placement
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.defaults import resolve_learning_rate
 from lorafleet.jobs.trials.sampling import list_planned_assignments
 from lorafleet.jobs.trials.schedule import build_schedule
 from lorafleet.jobs.trials.trial_id import compute_provenance, compute_trial_id
+from lorafleet.tuning.budget import Budget
 from lorafleet.tuning.driver import TrainingDriver
+from lorafleet.tuning.machine_watch import MachineWatch
 from lorafleet.tuning.node_check import check_nodes
 from lorafleet.tuning.proposals import ListProposals, Proposals, SearchThenSeeds, TpeProposals
 from lorafleet.tuning.provenance import build_metadata
+from lorafleet.tuning.tuner import record_leaked_groups, run_tuner
 
-_COUNT_SECONDS = 5.0
-_RELEASE_SECONDS = 5.0
-_MACHINES_SECONDS = 15.0
-"""Seconds between two checks of the machines of an allocation."""
-_STOP_CHECK_SECONDS = 1.0
-"""Seconds between two checks of the trials of a run that is asked to stop."""
-_SAVE_SECONDS = 300.0
-"""Seconds that trials have to save when a run is asked to stop."""
+if TYPE_CHECKING:
+    from lorafleet.evaluation.tokens import TokenData
+    from lorafleet.tuning.ledger import Ledger
 
 
 class Sweep(TrainingDriver):
@@ -61,9 +49,6 @@ class Sweep(TrainingDriver):
         self.searching = self.plan.command == "sweep"
         self.share = self.plan.share
         self.judges = self.plan.judges and not self.share
-        # Time of the last check of the machines, and whether it found too few.
-        self.looked_at, self.too_few = time.monotonic(), False
-        self.counted = (-_COUNT_SECONDS, 0.0)  # (time of the last count, GPU-hours counted then)
 
     def _run_attempt(self, attempt: int) -> ExitCode:
         self._record_phase("reading data, starting workers")
@@ -127,9 +112,6 @@ class Sweep(TrainingDriver):
 
     def _run_search(self, attempt: int, data: Any) -> None:
         """Run the trials that are left through Ray Tune."""
-        from ray import tune
-        from ray.tune import FailureConfig
-
         from lorafleet.tuning.ledger import Ledger
         from lorafleet.tuning.scheduler import RungScheduler
         from lorafleet.tuning.searcher import ProposalSearcher, report_outcome
@@ -148,6 +130,8 @@ class Sweep(TrainingDriver):
                 report_outcome(proposals, ledger, trial)
         total = self._count_trials(assignments)
         self.run.add_event(SearchEvent(trials=total))
+        budget = self._build_budget()
+        machines = MachineWatch(self.run, self.placement)
         # The due decisions of an earlier attempt are made, so no trial may be left.
         searcher = ProposalSearcher(
             ledger,
@@ -155,72 +139,48 @@ class Sweep(TrainingDriver):
             total,
             self._compute_max_open(),
             lambda assignment, index: self._create_trial(assignment, first_index + index, data),
-            self._should_stop,
+            lambda: self._should_stop(budget, machines),
+        )
+        is_distributed = self.placement.is_distributed
+        scheduler = RungScheduler(
+            ledger, budget.describe_spent, self._handle_full_disk, ends_itself=is_distributed
         )
         self._record_phase("training")
         with open_trackers(self.run, self.job) as listeners:
             ledger.listeners += listeners
-            tuner = tune.Tuner(
+            run_tuner(
+                self.run,
+                attempt,
                 self._build_trainable(data),
-                tune_config=tune.TuneConfig(
-                    search_alg=searcher,
-                    scheduler=RungScheduler(
-                        ledger,
-                        self._describe_spent_budget,
-                        self._handle_full_disk,
-                        ends_itself=self.placement.is_distributed,
-                    ),
-                    # The searcher ends the search. Tune's own count would include restarted trials.
-                    num_samples=-1,
-                    reuse_actors=not self.placement.is_distributed,
-                ),
-                run_config=tune.RunConfig(
-                    name=f"attempt-{attempt}",
-                    storage_path=str(self.run.path / "tune"),
-                    # The ledger decides about restarts: it knows what ended a trial, and how often.
-                    failure_config=FailureConfig(max_failures=0),
-                    checkpoint_config=tune.CheckpointConfig(
-                        checkpoint_frequency=0, checkpoint_at_end=False
-                    ),
-                    stop=_build_stopper(self.run, self.stop_file),
-                    verbose=0,
-                ),
+                searcher,
+                scheduler,
+                self.stop_file,
+                reuse_actors=not is_distributed,
             )
-            with _silence_tune():
-                tuner.fit()
-        self._record_leaked_groups()
+        if is_distributed:
+            record_leaked_groups(self.run)
+        self._settle_unfinished(ledger, budget.describe_spent())
+
+    def _settle_unfinished(self, ledger: Ledger, spent_budget: str | None) -> None:
+        """Record the state of the trials that the search left without one.
+
+        Raises RuntimeError if Ray Tune has ended although trials were left.
+        """
+        is_stopping = self.stop_file.exists()
         unfinished = [trial for trial in self.run.list_trials() if not trial.state.has_ended]
-        if unfinished and not self.stop_file.exists() and not self._describe_spent_budget():
+        if unfinished and not is_stopping and not spent_budget:
             raise RuntimeError(
                 f"Ray Tune ended before {len(unfinished)} trials had finished: "
-                f"{', '.join(t.id for t in unfinished)}"
+                f"{', '.join(trial.id for trial in unfinished)}"
             )
         # Tune's stopper ends the search without a last report of the trials that still run.
-        for trial in self.run.list_trials():
-            if trial.state is TrialState.RUNNING:
-                spent_budget = self._describe_spent_budget()
-                if spent_budget and not self.stop_file.exists():
-                    ledger.end_trial(trial, TrialState.STOPPED, reason=spent_budget)
-                else:
-                    trial.set_state(TrialState.PENDING, reason="interrupted")
-
-    def _record_leaked_groups(self) -> None:
-        """Record the placement groups of stopped trials that Ray did not release.
-
-        These hold CPUs and GPUs.
-        """
-        if not self.placement.is_distributed:
-            return
-        from ray.util.placement_group import placement_group_table
-
-        deadline = time.monotonic() + _RELEASE_SECONDS
-        while leaked := [
-            row for row in placement_group_table().values() if row["state"] != "REMOVED"
-        ]:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.2)
-        self.run.add_event(RayLeftEvent(placement_groups=len(leaked)))
+        for trial in unfinished:
+            if trial.state is not TrialState.RUNNING:
+                continue
+            if spent_budget and not is_stopping:
+                ledger.end_trial(trial, TrialState.STOPPED, reason=spent_budget)
+            else:
+                trial.set_state(TrialState.PENDING, reason="interrupted")
 
     @property
     def _searched_job(self) -> JobSpec:
@@ -337,7 +297,26 @@ class Sweep(TrainingDriver):
         resources = tune.PlacementGroupFactory([bundle], **labels)
         return tune.with_resources(tune.with_parameters(WarmTrial, work=work), resources)
 
-    def _should_stop(self) -> bool:
+    def _evaluate_held_out(self, data: TokenData) -> None:
+        """Evaluate the base and the finalists on the held-out rows."""
+        # Imported here: it imports torch, which the thread that reads the data does meanwhile.
+        from lorafleet.tuning.finalists import evaluate_finalists
+
+        self._record_phase("evaluating on held-out rows")
+        self.run.check_current()
+        evaluate_finalists(self.run, self.job, self._build_work(data), data, self.placement.slots)
+
+    def _build_budget(self) -> Budget:
+        """Return the budget of the search; a single training has none."""
+        search_spec = self.job.search if self.searching else None
+        return Budget(
+            search_spec.budget if search_spec else None,
+            self.run,
+            self.placement,
+            self._compute_wall_seconds,
+        )
+
+    def _should_stop(self, budget: Budget, machines: MachineWatch) -> bool:
         """Return whether no further trial may start.
 
         Tune asks many times a second, so this is also where the driver records its time and
@@ -346,127 +325,10 @@ class Sweep(TrainingDriver):
         if signal.getsignal(signal.SIGUSR1) != self._handle_signal:
             self._install_signal_handlers()  # Tune replaces the SIGUSR1 handler when it starts
         self._record_wall_seconds()
-        self._check_machines()
-        return self.stop_file.exists() or self._describe_spent_budget() is not None
-
-    def _check_machines(self) -> None:
-        """Stop the run, to be requeued, if the remaining nodes cannot hold one trial.
-
-        Lost nodes of an allocation do not come back.
-        """
-        now = time.monotonic()
-        if (
-            not get_allocation()
-            or now - self.looked_at < _MACHINES_SECONDS
-            or self.stop_file.exists()
-        ):
-            return
-        self.looked_at = now
-        import ray
-
-        try:
-            fit_placement(self.placement, parse_nodes(ray.nodes()))
-        except PlacementRefused as error:
-            if not self.too_few:
-                # Ray may report a node as lost for a moment: only two checks in a row count.
-                self.too_few = True
-                return
-            sentence = (
-                f"nodes were lost: {error}; the trials are saved, to continue in a new allocation"
-            )
-            self.run.add_event(NoteEvent(sentence=sentence))
-            # The same path as a warning from the queue: trials save, and the exit code asks for a
-            # requeue.
-            os.kill(os.getpid(), signal.SIGUSR1)
-        else:
-            self.too_few = False
-
-    def _describe_spent_budget(self) -> str | None:
-        """Return which budget is spent, as text, or None."""
-        if not self.searching or self.job.search is None:
-            return None
-        budget = self.job.search.budget
-        if (
-            budget.wall_hours is not None
-            and self._compute_wall_seconds() > 3600 * budget.wall_hours
-        ):
-            return f"the budget of {budget.wall_hours:g} hours of wall-clock time is spent"
-        if (
-            budget.gpu_hours is not None
-            and self._count_gpu_hours(time.monotonic()) > budget.gpu_hours
-        ):
-            return f"the budget of {budget.gpu_hours:g} GPU-hours is spent"
-        return None
-
-    def _count_gpu_hours(self, now: float) -> float:
-        """Return the GPU-hours of all trials.
-
-        They are counted every few seconds only, because Tune asks many times a second.
-        """
-        if now - self.counted[0] < _COUNT_SECONDS:
-            return self.counted[1]
-        gpus = self.placement.workers * self.placement.gpus_per_worker
-        # The times in a row are sums over the trial's life, over all attempts.
-        last_rows = [rows[-1] for trial in self.run.list_trials() if (rows := trial.read_metrics())]
-        seconds = sum((row.train_seconds or 0.0) + (row.eval_seconds or 0.0) for row in last_rows)
-        spent = gpus * seconds / 3600
-        self.counted = (now, spent)
-        return spent
-
-    def _evaluate_held_out(self, data: Any) -> None:
-        """Evaluate the base and the finalists on the held-out rows.
-
-        Finalists are the recommended trial and the trials that reached as high a rung as any.
-        """
-        from lorafleet.tuning.held_out import (
-            build_base_evaluation,
-            build_trial_evaluation,
-            evaluate_all,
-        )
-
-        self._record_phase("evaluating on held-out rows")
-        self.run.check_current()
-        report = build_report(self.run)
-        # Trials that stopped early have weights too, of their best evaluation.
-        ended = [
-            t
-            for t in self.run.list_trials()
-            if t.state in (TrialState.FINISHED, TrialState.STOPPED)
-        ]
-        finalists = [
-            t.id for t in ended if t.weights.is_dir() and not (t.path / "test.json").is_file()
-        ]
-        last_rungs = {
-            row.trial_id: row.rung if row.rung is not None else -1 for row in report.trials
-        }
-        highest_rung = max((last_rungs.get(name, -1) for name in finalists), default=-1)
-        chosen = report.recommendation.trial_id
-        names = [
-            name for name in finalists if name == chosen or last_rungs.get(name, -1) >= highest_rung
-        ]
-        splits = ("test",) if not data.chosen_on_test else ("validation",)
-        shown_rows = (row.to_display_record() for row in data.read_rows(splits[0]))
-        files.write_jsonl(self.run.get_rows_file(splits[0]), shown_rows)
-        write_baselines(
-            self.run,
-            self.job,
-            {name: data.read_rows(name) for name in dict.fromkeys(("validation", *splits))},
-        )
-        work, tokens = self._build_work(data), str(data.folder)
-        evaluations = []
-        if not (self.run.path / "report" / "base.json").is_file():
-            evaluations.append(
-                build_base_evaluation(
-                    self.run, work.job, tokens, tuple(dict.fromkeys(("validation", *splits)))
-                )
-            )
-        for trial in (self.run.get_trial(name) for name in names):
-            job = search.build_trial_job(work.job, trial.read_params().assignment)
-            evaluations.append(build_trial_evaluation(trial, job, tokens, splits))
-        failed = evaluate_all(work, evaluations, self.placement.slots)
-        for name, reason in failed.items():
-            sentence = f"not evaluated on the held-out rows: {reason}"
-            self.run.add_event(WarningEvent(trial_id=name, sentence=sentence))
+        if self.stop_file.exists():
+            return True
+        machines.check()
+        return self.stop_file.exists() or budget.describe_spent() is not None
 
     def _finish(self) -> ExitCode:
         """Record the final state, write the report, and return the exit code."""
@@ -510,54 +372,3 @@ class Sweep(TrainingDriver):
         # The reserve is released first: the record's last writes need its space.
         self.disk_full = sentence
         self.stop_file.touch()
-
-
-def _build_stopper(run: Run, path: Path) -> Any:
-    """Return Tune's stopper for the stop file.
-
-    Trials check the file themselves, save and end. Tune would kill an actor after ten
-    seconds, so this stopper ends the search only when no trial runs (all may wait for
-    machines that never come), or after `_SAVE_SECONDS`.
-
-    Args:
-        path: The stop file.
-    """
-    from ray.tune.stopper import Stopper
-
-    class OnFile(Stopper):
-        looked_at = 0.0
-
-        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-            return False
-
-        def stop_all(self) -> bool:
-            try:
-                age = time.time() - path.stat().st_mtime
-            except FileNotFoundError:
-                return False
-            if age > _SAVE_SECONDS:
-                return True
-            if (
-                time.monotonic() - self.looked_at < _STOP_CHECK_SECONDS
-            ):  # Tune asks ten times a second
-                return False
-            self.looked_at = time.monotonic()
-            return not any(trial.state is TrialState.RUNNING for trial in run.list_trials())
-
-    return OnFile()
-
-
-@contextlib.contextmanager
-def _silence_tune() -> Iterator[None]:
-    """Suppress Tune's warnings about missing result files: the run's own files hold the results."""
-    import logging
-
-    names = ("ray.tune.analysis.experiment_analysis", "ray.tune.result_grid")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

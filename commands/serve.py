@@ -52,7 +52,8 @@ def serve(
     from lorafleet.jobs.errors import UserError
     from lorafleet.webapp.guard import serve as answer_requests
     from lorafleet.webapp.local import create_token, open_socket
-    from lorafleet.webapp.openai import Limits, create_serving_app
+    from lorafleet.webapp.openai import create_serving_app
+    from lorafleet.webapp.request_queue import Limits
 
     silence_libraries()
     record = read_artefact(artefact)

@@ -16,8 +16,9 @@ from fastapi import FastAPI
 from lorafleet.evaluation.report.human_rating import CRITERIA, Item, Notebook
 from lorafleet.webapp import guard
 from lorafleet.webapp.guard import find_body_problem
-from lorafleet.webapp.openai import Limits, create_serving_app
+from lorafleet.webapp.openai import create_serving_app
 from lorafleet.webapp.rate import create_rating_app
+from lorafleet.webapp.request_queue import Limits
 from tests.unit.deployment.test_export import Counting
 from tests.unit.webapp.test_openai import loaded, running
 

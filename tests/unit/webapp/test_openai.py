@@ -24,7 +24,8 @@ from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.export_result import Artefact
 from lorafleet.webapp.guard import create_server
 from lorafleet.webapp.local import open_socket
-from lorafleet.webapp.openai import Limits, create_serving_app
+from lorafleet.webapp.openai import create_serving_app
+from lorafleet.webapp.request_queue import Limits
 from tests.conftest import lorafleet_here
 from tests.unit.deployment.test_export import ABOUT, Counting
 

@@ -3,6 +3,8 @@
 #   make test         set up, then check and test        make test-all   the long matrices too
 #   make docs         build the documentation site
 PYTHON ?= python3
+# The release that docs/benchmarks.md was measured with; users may have a newer one.
+TORCH ?= torch<2.14
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -18,7 +20,7 @@ help:
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorafleet needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' '$(TORCH)'
 	mkdir -p .venv/namespace && ln -sfn ../.. .venv/namespace/lorafleet
 	@touch $(STAMP)
 

@@ -147,10 +147,10 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             The problems, and what could not be checked; one message each.
         """
         *_, job = yaml.safe_load_all(plan.files[MANIFEST])
-        problems, unchecked = self._check_rules(plan, job), self.list_missing_uploads(plan.job)
+        problems = self._check_rules(plan, job)
         schema_errors, schema_note = check_schema(self.site, job)
         problems += [f"schema: {error}" for error in schema_errors]
-        return problems, [*unchecked, *([schema_note] if schema_note else [])]
+        return problems, [schema_note] if schema_note else []
 
     def _check_rules(self, plan: Plan, job: Tree) -> list[str]:
         """Return the problems that can be found without contacting the cluster."""

@@ -184,10 +184,15 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         """Return a plan in which uploaded inputs are named by their path on the storage.
 
         An input that has changed since its upload keeps its local path, which
-        `list_invisible_paths` then reports.
+        `list_invisible_paths` then reports. Models and data that may be missing on the storage
+        are notes of the plan.
         """
         remote_paths = staging.map_uploaded_paths(self.storage, plan.job, self.cache)
-        return Plan.from_record(staging.replace_paths(plan.model_dump(mode="json"), remote_paths))
+        remote: Plan = Plan.from_record(
+            staging.replace_paths(plan.model_dump(mode="json"), remote_paths)
+        )
+        notes = [*remote.notes, *self.list_missing_uploads(plan.job)]
+        return remote.model_copy(update={"notes": notes})
 
     def list_invisible_paths(self, job: JobSpec) -> list[str]:
         """Return a message for every path in a job that the site's machines cannot read.

@@ -108,11 +108,12 @@ def load_trial_job(trial: Trial) -> JobSpec:
 
 def _check_weights(run: Run, weights: Path) -> Path:
     """Return the folder of weights. Raises RunError if it is not on this machine."""
-    if not weights.is_dir():
-        hint = (
-            f"download it with `lorafleet pull {run.id}`"
-            if weights.parent.is_dir()
-            else "no such trial was kept"
-        )
-        raise RunError(f"{weights} is not on this machine: {hint}")
-    return weights
+    if weights.is_dir():
+        return weights
+    if not weights.parent.is_dir():
+        raise RunError(f"{weights} is not on this machine: the run has no such trial")
+    raise RunError(
+        f"{weights} is not on this machine. If the run is on a cluster, download it with "
+        f"`lorafleet pull {run.id} --adapters all`; otherwise it was deleted, because only the "
+        "best search.keep trials keep their weights"
+    )

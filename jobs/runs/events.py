@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lorafleet.jobs.runs.records import FailureRecord, Record, parse_line, read_lines
+from lorafleet.jobs.runs.records import FailureRecord, Record, parse_record, read_lines
 
 
 class Event(Record):
@@ -166,7 +166,7 @@ def read_events(path: Path) -> list[Event]:
     Raises:
         DamagedFile: A value has another type than its kind demands.
     """
-    return [parse_line(path, _get_kind(line), line) for line in read_lines(path)]
+    return [parse_record(path, _get_kind(line), line) for line in read_lines(path)]
 
 
 def _get_kind(line: dict[str, Any]) -> type[Event]:

@@ -330,21 +330,14 @@ def read_typed(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     """Read a file of a run as its record; one with defaults if the file does not exist.
 
     Raises:
-        DamagedFile: The file is no JSON object, or a value has another type.
+        DamagedFile: The file is no JSON object, a value has another type, or a newer version of
+            lorafleet wrote it.
     """
     try:
-        return kind.model_validate(_read_object(path))
-    except ValidationError as error:
-        raise _make_damage(path, error) from None
-    except RecursionError:
-        raise DamagedFile(f"{path} is damaged: it is nested too deeply") from None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        return files.read_json(path)
+        values = files.read_json(path)
     except (RunError, OSError) as error:
         raise DamagedFile(str(error)) from None
+    return parse_record(path, kind, values)
 
 
 def _make_damage(path: Path, error: ValidationError) -> DamagedFile:
@@ -361,7 +354,7 @@ def read_rows(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
     Raises:
         DamagedFile: A line's value has another type.
     """
-    return [parse_line(path, kind, line) for line in read_lines(path)]
+    return [parse_record(path, kind, line) for line in read_lines(path)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -374,10 +367,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise DamagedFile(f"{path} cannot be read: {error.strerror}") from None
 
 
-def parse_line(path: Path, kind: type[AnyRecord], line: dict[str, Any]) -> AnyRecord:
-    """Return a line of a run's file as a record. Raises DamagedFile."""
+def parse_record(path: Path, kind: type[AnyRecord], values: dict[str, Any]) -> AnyRecord:
+    """Return the values of a file, or of a line of it, as a record.
+
+    Args:
+        path: The file, for messages.
+        kind: Class of the record.
+        values: The JSON object.
+
+    Raises:
+        DamagedFile: A value has another type, or a newer version of lorafleet wrote the values.
+    """
+    version = values.get("schema_version", files.SCHEMA_VERSION)
+    if not isinstance(version, int) or version > files.SCHEMA_VERSION:
+        raise DamagedFile(
+            f"{path} has schema_version {version}, and this lorafleet reads versions up to "
+            f"{files.SCHEMA_VERSION}: use the version of lorafleet that wrote it"
+        )
     try:
-        return kind.model_validate(line)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise _make_damage(path, error) from None
     except RecursionError:

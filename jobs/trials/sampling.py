@@ -26,10 +26,10 @@ STARTUP_TRIALS = 10
 """Number of random trials that TPE runs before it models anything (Optuna's default)."""
 UNSEARCHABLE_REASONS = {
     **dict.fromkeys(
-        ("model.model_name_or_path", "model.max_length", "train.packing"),
-        "cannot be searched, because all trials share one tokenization of the rows",
+        ("model.model_name_or_path", "model.revision", "model.max_length", "train.packing"),
+        "cannot be searched, because all trials share one tokenization of the rows: compare its "
+        "values as arms of a `compare` block (`set`)",
     ),
-    "model.revision": "cannot be searched: name each revision's folder in model.model_name_or_path",
     "train.init_adapter": "cannot be searched",
     **dict.fromkeys(
         ("train.num_train_epochs", "train.max_steps"),

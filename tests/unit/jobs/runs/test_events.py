@@ -68,6 +68,22 @@ def test_a_damaged_event_is_named(line: dict[str, Any], problem: str, tmp_path: 
         run.list_remarks()
 
 
+@pytest.mark.parametrize("name", ["status.json", "facts.json", "events.jsonl"])
+def test_records_of_a_newer_version_are_refused(name: str, tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "r")
+    (run.path / name).write_text('{"schema_version": 2, "state": "finished"}\n')
+    read = {
+        "status.json": run.read_status,
+        "facts.json": run.read_metadata,
+        "events.jsonl": run.list_remarks,
+    }[name]
+    with pytest.raises(
+        DamagedFile,
+        match=rf"{name} has schema_version 2, and this lorafleet reads versions up to 1: use the",
+    ):
+        read()
+
+
 def test_a_metric_is_a_number_or_missing() -> None:
     row = MetricsRow.model_validate({"step": 1, "loss": 0.5, "f1": None, "mine": 3, "odd": "x"})
     assert [row.get_metric(name) for name in ("loss", "f1", "mine", "none")] == [0.5, None, 3, None]

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.schema.validation_messages import list_problems
 
 
 class DamagedFile(RunError):
@@ -341,6 +340,9 @@ def read_typed(path: Path, kind: type[AnyRecord]) -> AnyRecord:
 
 
 def _make_damage(path: Path, error: ValidationError) -> DamagedFile:
+    # Imported here: it builds the schema of the whole job, which readers of a run need not have.
+    from lorafleet.jobs.schema.validation_messages import list_problems
+
     first = list_problems(error, valid_keys=())[0]
     return DamagedFile(f"{path} is damaged: {first.sentence}")
 

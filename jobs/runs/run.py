@@ -27,7 +27,8 @@ from typing import Any, TypeVar
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError, make_disk_full_error
 from lorafleet.jobs.runs.events import AnyEvent, Event, TrialEvent, describe_event, read_events
-from lorafleet.jobs.runs.lease import check_current, get_process_start
+from lorafleet.jobs.runs.lease import check_current
+from lorafleet.jobs.runs.processes import get_process_start
 from lorafleet.jobs.runs.records import (
     DamagedFile,
     HeldOutScores,

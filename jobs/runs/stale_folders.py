@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafleet.jobs.runs.lease import get_machine_id, get_process_start
+from lorafleet.jobs.runs.processes import get_machine_id, get_process_start
 
 if TYPE_CHECKING:
     import psutil

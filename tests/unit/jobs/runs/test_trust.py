@@ -19,7 +19,7 @@ import pytest
 from lorafleet.cluster.backends import get_backend
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.runs.lease import get_machine_id, get_process_start
+from lorafleet.jobs.runs.processes import get_machine_id, get_process_start
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.runs.trust import find_distrust_reason, record_own_run, remove_run_record

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from lorafleet.jobs.loading.job_file import LoadedJob
-from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run, RunState
-from lorafleet.jobs.schema.job import JobSpec
+
+if TYPE_CHECKING:
+    from lorafleet.jobs.loading.job_file import LoadedJob
+    from lorafleet.jobs.runs.plan import Plan
+    from lorafleet.jobs.schema.job import JobSpec
 
 Say = Callable[[str], None]
 """Takes progress messages."""

@@ -6,15 +6,17 @@ Each backend is imported only when it is needed.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafleet.cluster.backend import Backend, Cluster, RunBackend
 from lorafleet.cluster.local_site import detect_local_site
 from lorafleet.cluster.submission import find_record
-from lorafleet.jobs.loading.site_file import LoadedSite
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.runs.trust import find_distrust_reason
 from lorafleet.jobs.sites.base import Site
+
+if TYPE_CHECKING:
+    from lorafleet.jobs.loading.site_file import LoadedSite
 
 _CLUSTERS = {
     "kubernetes": "lorafleet.k8s.backend:KubernetesBackend",

@@ -10,20 +10,22 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorafleet.cluster.backend import RunStatus, Say, WeightSelection, ignore_message
-from lorafleet.cluster.execution.driver import get_driver_command
+from lorafleet.cluster.execution.command import get_driver_command
 from lorafleet.cluster.hardware import check_torch
-from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.submission import write_run
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode, RunError
 from lorafleet.jobs.extras import require_training
-from lorafleet.jobs.loading.job_file import LoadedJob
-from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.sites.base import Site
+
+if TYPE_CHECKING:
+    from lorafleet.jobs.loading.job_file import LoadedJob
+    from lorafleet.jobs.runs.plan import Plan
 
 
 class LocalBackend:
@@ -56,6 +58,9 @@ class LocalBackend:
         Raises:
             UserError: The job cannot start on this machine.
         """
+        # Imported here: planning builds the schema of the whole job, which `status` does not need.
+        from lorafleet.cluster.planning.plan import make_plan
+
         return make_plan(loaded, self.site, command)
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:

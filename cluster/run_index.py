@@ -18,7 +18,6 @@ from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.runs.tracebacks import set_current_run
 from lorafleet.jobs.runs.trust import remove_run_record
-from lorafleet.jobs.schema.field_paths import find_closest
 
 
 def list_all_runs(runs: Path, damaged: list[str] | None = None) -> list[Run]:
@@ -107,6 +106,8 @@ def _suggest_run(name: str, candidates: list[Run]) -> str:
     """
     if not candidates:
         return ""
+    from lorafleet.jobs.schema.field_paths import find_closest
+
     closest_id = find_closest(name, [run.id for run in candidates])
     if closest_id:
         return f"; did you mean {closest_id}?"

@@ -11,18 +11,19 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
 from lorafleet.cluster.backend import RunStatus
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode, RunError, UserError, make_disk_full_error
-from lorafleet.jobs.loading.job_file import LoadedJob, dump_resolved
-from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.schema.base import Spec
-from lorafleet.jobs.schema.validation_messages import describe_unreadable_file
+
+if TYPE_CHECKING:
+    from lorafleet.jobs.loading.job_file import LoadedJob
+    from lorafleet.jobs.runs.plan import Plan
 
 SITE_FILE = "site.json"
 """File in the folder of a submitted run: the site as it was at submission."""
@@ -98,6 +99,8 @@ def find_record(run: Run) -> SubmissionRecord | None:
     try:
         return SubmissionRecord.from_record(record)
     except ValidationError as error:
+        from lorafleet.jobs.schema.validation_messages import describe_unreadable_file
+
         raise RunError(describe_unreadable_file(path, error)) from None
 
 
@@ -249,6 +252,8 @@ def write_run(plan: Plan, loaded: LoadedJob, runs: Path, share: str = "none") ->
     Args:
         share: The site's `share` setting, as `make_run_folder` takes it.
     """
+    from lorafleet.jobs.loading.job_file import dump_resolved
+
     run = Run.create(runs, plan.job.name, share)
     try:
         files.write_text(run.path / "job.yaml", loaded.text)

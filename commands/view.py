@@ -24,7 +24,6 @@ from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.schema.search import FOLD
 from lorafleet.jobs.schema.types import Goal
 from lorafleet.jobs.text import format_count
-from lorafleet.jobs.trials.sampling import remove_fold
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -166,13 +165,17 @@ def describe_best_over_folds(trials: list[TrialView]) -> str | None:
 
     Returns None if the run is not a cross-validation.
     """
+    scored = [trial for trial in trials if trial.is_fold and trial.score is not None]
+    if not scored:
+        return None
+    # Imported here: the live view of any other run needs no schema of jobs.
+    from lorafleet.jobs.trials.sampling import remove_fold
+
     scores_of: dict[str, tuple[dict[str, Any], list[float]]] = {}
-    for trial in trials:
-        if trial.is_fold and trial.score is not None:
+    for trial in scored:
+        if trial.score is not None:
             params = remove_fold(trial.params)
             scores_of.setdefault(repr(params), (params, []))[1].append(trial.score)
-    if not scores_of:
-        return None
     # A mean over fewer folds is of other rows, so it is not comparable.
     folds = max(len(scores) for _, scores in scores_of.values())
     means = [

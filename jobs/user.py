@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from lorafleet.jobs import files, yaml12
 from lorafleet.jobs.errors import JobFileError, Problem
 from lorafleet.jobs.schema.base import Spec, Texts
-from lorafleet.jobs.schema.validation_messages import list_problems
 
 
 class UserConfig(Spec):
@@ -83,6 +82,9 @@ def _read_config() -> UserConfig:
     try:
         return UserConfig.model_validate({} if document.value is None else document.value)
     except ValidationError as error:
+        # Imported here: it builds the schema of the whole job, which few commands need.
+        from lorafleet.jobs.schema.validation_messages import list_problems
+
         problems = list_problems(error, valid_keys=list(UserConfig.model_fields))
         raise JobFileError(
             str(path),

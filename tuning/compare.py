@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.execution.driver import get_driver_command
+from lorafleet.cluster.execution.command import get_driver_command
 from lorafleet.evaluation.metrics.summary import write_baselines
 from lorafleet.evaluation.render.write import write_report
 from lorafleet.evaluation.report.build import build_report

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.execution.driver import get_driver_command
+from lorafleet.cluster.execution.command import get_driver_command
 
 _TIMEOUT_SECONDS = 3600.0
 

@@ -238,6 +238,7 @@ def _render_ray_site_file() -> list[str]:
 def _render_report_json() -> list[str]:
     """Return the page on report.json."""
     from lorafleet.jobs.runs import report
+    from lorafleet.jobs.schema.base import describe_fields
 
     models = (
         report.Report,
@@ -279,8 +280,8 @@ def _render_report_json() -> list[str]:
             "|---|---|---|",
         ]
         schema = model.model_json_schema()
-        for name, field in model.model_fields.items():
-            meaning = " ".join((field.description or "").split()).replace("|", "/")
+        for name in model.model_fields:
+            meaning = " ".join(describe_fields(model).get(name, "").split()).replace("|", "/")
             kind = _describe_type(schema["properties"][name])
             lines.append(f"| `{name}` | {kind} | {meaning} |")
     return lines
@@ -319,6 +320,7 @@ def _render_blocks() -> list[str]:
 
 
 def _render_block(model: Any, path: str) -> list[str]:
+    from lorafleet.jobs.schema.base import describe_fields
     from lorafleet.jobs.schema.field_paths import _find_block as block_of
 
     title = f"`{path}`" if path else "Top-level keys"
@@ -343,7 +345,7 @@ def _render_block(model: Any, path: str) -> list[str]:
             default = "required"
         else:
             default = "see below" if block else _format_default(field)
-        meaning = " ".join((field.description or "").split()).replace("|", "/")
+        meaning = " ".join(describe_fields(model).get(name, "").split()).replace("|", "/")
         allowed = (
             "a block"
             if block

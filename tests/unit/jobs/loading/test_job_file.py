@@ -16,7 +16,7 @@ from lorafleet.jobs import yaml12
 from lorafleet.jobs.errors import JobFileError, UserError
 from lorafleet.jobs.loading.job_file import build_json_schema, load_job, load_text
 from lorafleet.jobs.schema import field_paths as fields
-from lorafleet.jobs.schema.base import Spec
+from lorafleet.jobs.schema.base import Spec, describe_fields
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.trial_id import Provenance, compute_trial_id
@@ -75,8 +75,8 @@ def test_every_field_has_a_sentence() -> None:
         return [model] + [deeper for block in inner if block for deeper in blocks(block)]  # type: ignore[arg-type]
 
     for block in blocks(JobSpec):
-        for name, field in block.model_fields.items():
-            assert field.description, f"{block.__name__}.{name} has no sentence"
+        for name in block.model_fields:
+            assert describe_fields(block).get(name), f"{block.__name__}.{name} has no sentence"
 
 
 def test_all_problems_are_reported_with_their_lines(tmp_path: Path) -> None:

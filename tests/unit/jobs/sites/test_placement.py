@@ -8,7 +8,7 @@ import pytest
 
 from lorafleet.jobs.errors import JobFileError
 from lorafleet.jobs.loading.site_file import load_site
-from lorafleet.jobs.schema.base import Spec
+from lorafleet.jobs.schema.base import Spec, describe_fields
 from lorafleet.jobs.sites.slurm import SlurmSite, parse_slurm_time
 
 PLAIN = """
@@ -159,7 +159,7 @@ def test_what_fits_is_judged_by_the_smallest_kind_of_node(tmp_path: Path) -> Non
 def test_every_field_of_a_site_has_a_sentence() -> None:
     def walk(model: type[Spec]) -> None:
         for name, field in model.model_fields.items():
-            assert field.description, f"{model.__name__}.{name}"
+            assert describe_fields(model).get(name), f"{model.__name__}.{name}"
             if isinstance(field.annotation, type) and issubclass(field.annotation, Spec):
                 walk(field.annotation)
 

@@ -31,6 +31,8 @@ def evaluate_finalists(run: Run, job: JobSpec, work: Work, data: TokenData, slot
         data: The tokenised rows.
         slots: Maximum number of models that are evaluated at once.
     """
+    # First: the report that chooses them must not know the baselines of the held-out rows yet.
+    finalists = select_finalists(run)
     split = "validation" if data.chosen_on_test else "test"
     shown_rows = (row.to_display_record() for row in data.read_rows(split))
     files.write_jsonl(run.get_rows_file(split), shown_rows)
@@ -39,7 +41,7 @@ def evaluate_finalists(run: Run, job: JobSpec, work: Work, data: TokenData, slot
     evaluations = []
     if not (run.path / "report" / "base.json").is_file():
         evaluations.append(build_base_evaluation(run, work.job, work.tokens, base_splits))
-    for trial in select_finalists(run):
+    for trial in finalists:
         trial_job = search.build_trial_job(work.job, trial.read_params().assignment)
         evaluations.append(build_trial_evaluation(trial, trial_job, work.tokens, (split,)))
     for name, reason in evaluate_all(work, evaluations, slots).items():

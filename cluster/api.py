@@ -91,7 +91,10 @@ def plan(
     Raises:
         UserError: The job could not start there.
     """
-    return _make_backend(on, nodes).plan(job, command or _choose_command(job))
+    try:
+        return _make_backend(on, nodes).plan(job, command or _choose_command(job))
+    finally:
+        forget_rows()
 
 
 def submit(
@@ -122,9 +125,11 @@ def submit(
     backend = _make_backend(on, nodes)
     if on is None:
         fetch_job(job.job, progress)
-    job_plan = backend.plan(job, command or _choose_command(job))
-    run = backend.submit(job_plan, job, backend.resolve_runs_dir(Path(runs)))
-    forget_rows()  # waiting for the run needs no rows
+    try:
+        job_plan = backend.plan(job, command or _choose_command(job))
+        run = backend.submit(job_plan, job, backend.resolve_runs_dir(Path(runs)))
+    finally:
+        forget_rows()  # waiting for the run needs no rows
     return SubmittedRun(run, backend, backend.watch(run))
 
 

@@ -140,7 +140,8 @@ def _print_manifest(job_plan: Plan, unchecked: list[str], refused: list[str]) ->
             "--format yaml prints a manifest for Kubernetes: use it with --on SITE, where SITE is "
             "of kind kubernetes"
         )
-    for message in [*unchecked, *(f"refused: {message}" for message in refused)]:
+    notes = (f"note: {note}" for note in job_plan.notes)
+    for message in [*notes, *unchecked, *(f"refused: {message}" for message in refused)]:
         print_message(message)
     if not refused:
         print_text(job_plan.files[MANIFEST], nl=False)

@@ -24,6 +24,7 @@ from lorafleet.evaluation.report.model_of_run import SelectedModel
 from lorafleet.evaluation.report.search import clear_run_results
 from lorafleet.evaluation.tokens import TokenData, make_row_encoder
 from lorafleet.jobs import files
+from lorafleet.jobs.data.rows import forget_rows
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.export_result import Parity, ParityMeasurement, read_record
 from lorafleet.jobs.runs.report import Arm, Recommendation, Report
@@ -94,6 +95,7 @@ def build_variants(
         )
     measured_job = _make_comparable_job(selected.job, settings)
     data = prepare_tokens(measured_job)
+    forget_rows()
     split = "validation" if data.chosen_on_test else "test"
     job = measured_job.model_dump(mode="json")
     base_request = {

@@ -18,6 +18,7 @@ from lorafleet.evaluation.inference.generate import get_end_tokens
 from lorafleet.evaluation.report.model_of_run import SelectedModel
 from lorafleet.evaluation.tokenizer import load_chat_format
 from lorafleet.evaluation.tokens import TokenData
+from lorafleet.jobs.data.rows import forget_rows
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.training.data import prepare_tokens
@@ -45,6 +46,7 @@ class Source:
             )
         self.given, self.job = selected, convert_to_float32(selected.job)
         self.data: TokenData = prepare_tokens(self.job)
+        forget_rows()
         self.chat = load_chat_format(self.job)
         self.tokenizer = self.chat.tokenizer
         self.base: Base = load_base(self.job, len(self.data.labels), CPU)

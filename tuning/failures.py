@@ -113,9 +113,7 @@ def classify_exception(error: BaseException) -> FailureRecord:
 
 
 def _make_failure(failure_class: str, sentence: str, *, final: bool = False) -> FailureRecord:
-    if final:
-        return FailureRecord(failure_class=failure_class, sentence=sentence, final=True)
-    return FailureRecord(failure_class=failure_class, sentence=sentence)
+    return FailureRecord(failure_class=failure_class, sentence=sentence, final=final)
 
 
 def make_disk_full_failure(sentence: str) -> FailureRecord:

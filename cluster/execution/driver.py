@@ -110,7 +110,8 @@ class Driver(ABC):
             files.share_with_group()
         os.environ.update(self.job.environment)  # before the threads and the libraries that read it
         progress = compute_progress_digest(self.run)
-        submission = files.read_json(self.run.path / SUBMISSION).get("number", 1)
+        number = files.read_json(self.run.path / SUBMISSION).get("number", 1)
+        submission = number if type(number) is int else 1  # the file may be damaged
         metadata = make_attempt_record(submission, progress)
         try:
             lease = Lease.acquire(self.run.path, metadata, say=log)

@@ -53,20 +53,26 @@ class NodeReport(BaseModel):
     """Name of the node."""
     number: int
     """Rank of the node; the lowest is the head."""
-    address: str
-    """IPv4 address; empty if the node has none."""
-    problem: str | None
-    """Why the node cannot be used, as a verb phrase; None if it can."""
     nonce: str
     """Text of the nonce in the run's folder; empty if the node does not see it."""
-    driver: str
+    # With defaults: another version of lorafleet, which `find_disagreements` names, may not send
+    # them.
+    address: str = ""
+    """IPv4 address; empty if the node has none."""
+    problem: str | None = None
+    """Why the node cannot be used, as a verb phrase; None if it can."""
+    driver: str = ""
     """Version of the GPU driver; empty without GPUs."""
-    gpus: int
-    gpu_memory_gib: float
-    busy: list[int]
+    gpus: int = 0
+    gpu_memory_gib: float = 0.0
+    busy: list[int] = []
     """Ports that something listens on."""
-    versions: dict[str, str]
+    versions: dict[str, str] = {}
     """Pinned package -> installed version."""
+
+    def get_version(self, name: str) -> str:
+        """Return the version of a package, or `unknown`."""
+        return self.versions.get(name, "unknown")
 
 
 def inspect_node(
@@ -189,7 +195,7 @@ def find_disagreements(
         return messages
     messages = _compare_versions(ordered) + _compare_gpus(ordered)
     first = ordered[0]
-    missing = [name for name in PINNED if first.versions[name] == "not installed"]
+    missing = [name for name in PINNED if first.get_version(name) == "not installed"]
     if missing:
         messages.append(
             f"{', '.join(missing)} is not installed in the environment that the site's setup lines "
@@ -198,12 +204,12 @@ def find_disagreements(
     changed = [
         name
         for name, version in pinned.items()
-        if name in PINNED and first.versions[name] != version
+        if name in PINNED and first.get_version(name) != version
     ]
     # A resumed run with other versions would compare trials that different code trained.
     if changed and not messages:
         description = ", ".join(
-            f"{name} {first.versions[name]} instead of {pinned[name]}" for name in changed
+            f"{name} {first.get_version(name)} instead of {pinned[name]}" for name in changed
         )
         messages.append(
             f"the environment has changed since the run started: {first.node} has "
@@ -216,12 +222,12 @@ def _compare_versions(reports: list[NodeReport]) -> list[str]:
     """Return a message for each package whose version differs from the first node's."""
     first = reports[0]
     return [
-        f"{report.node} has {name} {report.versions[name]}, but {first.node} has "
-        f"{first.versions[name]}: the setup lines of the site file must create the same "
+        f"{report.node} has {name} {report.get_version(name)}, but {first.node} has "
+        f"{first.get_version(name)}: the setup lines of the site file must create the same "
         "environment on every node"
         for report in reports[1:]
         for name in PINNED
-        if report.versions[name] != first.versions[name]
+        if report.get_version(name) != first.get_version(name)
     ]
 
 
@@ -326,7 +332,7 @@ def resolve_ray_address(
     first = min(node_reports, key=lambda report: report.number)
     # Only after all nodes agreed: later starts are compared with this file.
     if not pinned:
-        files.write_json(environment_file, {name: first.versions[name] for name in PINNED})
+        files.write_json(environment_file, {name: first.get_version(name) for name in PINNED})
     busy = sorted({port for report in node_reports for port in report.busy})
     first_port, last_port = choose_ports(busy, cpus, job)
     return f"{first.address} {first_port} {last_port}"

@@ -70,9 +70,9 @@ def read_results(predictions: Path, scores: SplitScores) -> RowResults | None:
         scores: What `summarize_results` returned for them.
 
     Returns:
-        The results; None if there is no such file.
+        The results; None if there is no such file, or there are no scores.
     """
     rows = files.read_jsonl(predictions)
-    if not rows:
+    if not rows or scores.is_empty:
         return None
     return from_records(rows, len(scores.confusion), scores.whole)

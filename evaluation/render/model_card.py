@@ -19,8 +19,8 @@ from lorafleet.jobs import files
 from lorafleet.jobs.data.adapters import read_config
 from lorafleet.jobs.data.hub import resolve_public_base
 from lorafleet.jobs.data.weight_names import read_weight_dtypes
-from lorafleet.jobs.errors import AssetError
-from lorafleet.jobs.runs.records import DamagedFile, read_typed
+from lorafleet.jobs.errors import AssetError, RunError
+from lorafleet.jobs.runs.records import DamagedFile, parse_record, read_typed
 from lorafleet.jobs.runs.report import Report, Row
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.precision import parse_weights_format
@@ -65,11 +65,20 @@ def write_card(run: Run, report: Report, prompt: PromptMetadata | None = None) -
         return
     trial = Trial(weights.parent)
     if prompt is None:
-        earlier = read_manifest(weights)
-        prompt = earlier.prompt if earlier is not None else PromptMetadata()
+        prompt = _read_earlier_prompt(weights)
     manifest = build_manifest(run, report, trial, prompt)
     files.write_json(weights / "manifest.json", manifest.to_dict())
     files.write_text(weights / "README.md", render_card(manifest, report))
+
+
+def _read_earlier_prompt(weights: Path) -> PromptMetadata:
+    """Return the prompt of the manifest beside weights, also if its other values are damaged."""
+    path = weights / "manifest.json"
+    with contextlib.suppress(RunError):
+        prompt = files.read_json(path).get("prompt")
+        if isinstance(prompt, dict):
+            return parse_record(path, PromptMetadata, prompt)
+    return PromptMetadata()
 
 
 def read_manifest(weights: Path) -> Manifest | None:
@@ -133,25 +142,22 @@ def describe_weights(trial: Trial, row: Row, resolved: dict[str, Any]) -> Weight
         for point in trial.read_metrics()
         if point.step == row.weights_step and point.samples is not None
     ]
-    metadata = WeightsMetadata(
-        step=row.weights_step,
-        samples=samples[-1] if samples else None,
-        trained_steps=row.step,
-        trained_samples=row.samples,
-        trainable_parameters=row.trainable_parameters,
-        number_formats=row.number_formats,
-        dtypes=dtypes,
-    )
+    values: dict[str, Any] = {
+        "step": row.weights_step,
+        "samples": samples[-1] if samples else None,
+        "trained_steps": row.step,
+        "trained_samples": row.samples,
+        "trainable_parameters": row.trainable_parameters,
+        "number_formats": row.number_formats,
+        "dtypes": dtypes,
+    }
     config = read_config(trial.weights) or {}
-    if config.get("peft_type") != "LORA":
-        return metadata
-    return metadata.model_copy(
-        update={
-            "modules_to_save": list(config.get("modules_to_save") or []),
-            "lora_r": resolved.get("lora", {}).get("lora_r"),
-            "stored_lora_r": config.get("r"),
-        }
-    )
+    if config.get("peft_type") == "LORA":
+        values["modules_to_save"] = config.get("modules_to_save") or []
+        values["lora_r"] = resolved.get("lora", {}).get("lora_r")
+        values["stored_lora_r"] = config.get("r")
+    # The adapter's config may be anybody's.
+    return parse_record(trial.weights / "adapter_config.json", WeightsMetadata, values)
 
 
 def _get_row_with_held_out_metrics(report: Report, trial_id: str) -> Row:

@@ -243,10 +243,8 @@ def list_pairs(comparisons: Iterable[Comparison]) -> list[Pair]:
 
 def _read_row_results(folder: Path, split: str) -> RowResults | None:
     """Read the per-row results of one model; None if it was not evaluated on the split."""
-    scores = read_typed(folder / "test.json", HeldOutScores)
-    if scores.is_empty:
-        return None
-    return read_results(folder / f"predictions-{split}.jsonl", scores.get_split(split))
+    scores = read_typed(folder / "test.json", HeldOutScores).get_split(split)
+    return read_results(folder / f"predictions-{split}.jsonl", scores)
 
 
 def _build_arm(
@@ -537,7 +535,8 @@ def build_comparison_report(
         len(rows),
     )
     recommendation = choose(arms, [groups[0] for groups in by_metric if groups], choice)
-    samples = _build_samples(common_report, rows, results_by_arm, recommendation.arm)
+    labels = [str(label) for label in common_report.facts.get("labels", [])]
+    samples = _build_samples(rows, labels, results_by_arm, recommendation.arm)
     arm = next((arm for arm in arms if arm.arm == recommendation.arm), None)
     recommendation, cautions = verdict.check_against_baselines(
         recommendation,
@@ -556,7 +555,6 @@ def build_comparison_report(
     trial = None
     if arm is not None and arm.trial_id is not None:
         trial = next((row for row in trials if row.trial_id == arm.trial_id), None)
-    labels = [str(label) for label in common_report.facts.get("labels", [])]
     cautions += verdict.check_rows(counts, common_report.held_out, len(rows))
     cautions += verdict.check_predictions(samples.get("confusion", []), labels)
     cautions += verdict.check_convergence(recommendation.arm, trial, metric.name, metric.goal)
@@ -574,20 +572,19 @@ def build_comparison_report(
 
 
 def _build_samples(
-    report: Report,
     rows: list[dict[str, Any]],
+    labels: list[str],
     results_by_arm: Mapping[str, Mapping[int, RowResults]],
     chosen: str | None,
 ) -> dict[str, Any]:
     """Return the fields of a report that show single rows. Each arm's first seed is shown.
 
     Args:
-        report: The report without these fields.
         rows: The held-out rows.
+        labels: Class names.
         results_by_arm: Arm -> seed -> per-row results.
         chosen: The recommended arm, whose errors are shown.
     """
-    labels = [str(label) for label in report.facts.get("labels", [])]
     first_results = {
         name: next(iter(results.values())) for name, results in results_by_arm.items() if results
     }

@@ -165,7 +165,7 @@ def collect_results(run: Run) -> Report:
 def _select_shown_metadata(metadata: RunMetadata, job: JobSpec) -> dict[str, Any]:
     """Return the metadata that a report shows, under the keys of report.json."""
     shown = metadata.model_dump(
-        include={"data_sha256", "model_revisions", "labels"}, exclude_unset=True
+        include={"data_sha256", "model_revisions", "labels"}, exclude_unset=True, exclude_none=True
     )
     if metadata.encoders:
         layer = job.evaluate.bertscore_layer

@@ -41,7 +41,8 @@ def get_hub_cache() -> Path:
     override = os.environ.get("HF_HUB_CACHE")
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = Path(os.environ.get("HF_HOME") or user_cache / "huggingface")
-    return Path(override) if override else home / "hub"
+    folder = Path(override) if override else home / "hub"
+    return Path(os.path.expandvars(folder.expanduser()))  # as the client does
 
 
 _MAX_JSON_BYTES = 200_000_000

@@ -35,7 +35,9 @@ class JobInput:
     """One input of a job."""
 
     field: str
-    """Dotted field of the job that names it."""
+    """Dotted field that names it. For a model of the search or of an arm it is the job's own
+    `model.model_name_or_path`.
+    """
     reference: str
     """The name, as the job has it."""
     role: Role
@@ -88,7 +90,7 @@ class JobInput:
 
 @dataclass(frozen=True)
 class JobInputs:
-    """All inputs of a job, its search and its arms, each once."""
+    """All inputs of a job, its search and its arms. Each model is listed once."""
 
     items: tuple[JobInput, ...]
 

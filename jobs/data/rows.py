@@ -90,8 +90,8 @@ def load_rows(job: JobSpec, bad_rows: list[str] | None = None) -> Rows:
     )
     rows = _last_rows.get(key)
     if rows is None or bad_rows is not None:
+        _last_rows.clear()  # first: two data sets may not fit into memory
         rows = _read_rows(job, sources, bad_rows)
-        _last_rows.clear()
         if bad_rows is None:
             _last_rows[key] = rows
     mismatch = _describe_head_mismatch(job, len(rows.labels))

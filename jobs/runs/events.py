@@ -31,7 +31,7 @@ class AttemptEvent(Event):
     """A driver started."""
 
     event: Literal["attempt"] = "attempt"
-    number: int
+    number: int | None = None
 
 
 class RayEvent(Event):
@@ -65,16 +65,16 @@ class TrialEvent(Event):
     """A trial was created."""
 
     event: Literal["trial"] = "trial"
-    trial_id: str
+    trial_id: str = ""
 
 
 class BaseLoadedEvent(Event):
     """A worker process loaded a base model."""
 
     event: Literal["base_loaded"] = "base_loaded"
-    actor: str
+    actor: str = ""
     """Host and process id."""
-    count: int
+    count: int = 0
     """Bases that the process has loaded so far."""
     seconds: float | None = None
     """Time of the process's set-up."""
@@ -114,29 +114,29 @@ class WarningEvent(Event):
     """Something went wrong with a trial, or an arm, that the report must mention."""
 
     event: Literal["warning"] = "warning"
-    trial_id: str
-    sentence: str
+    trial_id: str = ""
+    sentence: str = ""
 
 
 class NoteEvent(Event):
     """Something happened to the run that the report must mention."""
 
     event: Literal["note"] = "note"
-    sentence: str
+    sentence: str = ""
 
 
 class TrackingFailedEvent(Event):
     """Tracking was turned off, because the tracker raised an error."""
 
     event: Literal["tracking_failed"] = "tracking_failed"
-    error: str
+    error: str = ""
 
 
 class RayLeftEvent(Event):
     """Placement groups that Ray had not released when the search ended."""
 
     event: Literal["ray_left"] = "ray_left"
-    placement_groups: int
+    placement_groups: int = 0
 
 
 AnyEvent = TypeVar("AnyEvent", bound=Event)
@@ -160,17 +160,27 @@ _KINDS: dict[str, type[Event]] = {
 }
 
 
-def read_events(path: Path) -> list[Event]:
-    """Read an events.jsonl, each line as the class of its kind.
+def read_events(path: Path, kind: type[AnyEvent]) -> list[AnyEvent]:
+    """Read the events of a kind from an events.jsonl, each as its class; of `Event`, all.
+
+    Lines of other kinds and of stale attempts are not looked at: they may be damaged. A line is
+    stale if a newer attempt had begun to write before it.
 
     Raises:
         DamagedFile: A value has another type than its kind demands.
     """
-    return [parse_record(path, _get_kind(line), line) for line in read_lines(path)]
-
-
-def _get_kind(line: dict[str, Any]) -> type[Event]:
-    return _KINDS.get(str(line.get("event")), Event)
+    events: list[AnyEvent] = []
+    newest = 0
+    for line in read_lines(path):
+        attempt = line.get("attempt")
+        number = attempt if isinstance(attempt, int) else 0
+        if number < newest:
+            continue
+        newest = number
+        line_kind = _KINDS.get(str(line.get("event")), Event)
+        if issubclass(line_kind, kind):
+            events.append(parse_record(path, line_kind, line))
+    return events
 
 
 def describe_event(event: Event) -> str | None:
@@ -179,7 +189,7 @@ def describe_event(event: Event) -> str | None:
         case WarningEvent():
             return f"{event.trial_id}: {event.sentence}"
         case NoteEvent() | PlacementEvent():
-            return event.sentence
+            return event.sentence or None
         case TrackingFailedEvent():
             return (
                 f"tracking with W&B was turned off: {event.error}; the run's own record is complete"

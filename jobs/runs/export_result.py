@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode, UserError
+from lorafleet.jobs.runs.records import check_version
 from lorafleet.jobs.runs.report import Inference
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.export import Gate, Target
@@ -426,6 +427,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         UserError: If the file was written by another version.
     """
     values = files.read_json(path)
+    check_version(path, values)
     # `files.write_json` adds this key to every file; the models do not have it.
     values.pop("schema_version", None)
     try:

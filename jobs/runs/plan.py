@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.export_result import ExportRequest
+from lorafleet.jobs.runs.records import check_version
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.validation_messages import describe_unreadable_file
@@ -140,6 +141,7 @@ def read_plan(path: Path) -> Plan:
         RunError: The file is damaged, or was written by another version of lorafleet.
     """
     record = files.read_json(path)
+    check_version(path, record)
     # `files.write_json` adds this key to every file; the models do not have it.
     record.pop("schema_version", None)
     try:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
@@ -19,6 +19,10 @@ from lorafleet.jobs.errors import RunError
 
 class DamagedFile(RunError):
     """Error: a file of a run has invalid contents. The message names the file."""
+
+
+Ends = Annotated[list[float | None], Field(min_length=2, max_length=2)]
+"""The two ends of an interval; None for one that is NaN or infinite."""
 
 
 class Record(BaseModel):
@@ -106,7 +110,7 @@ class FailureRecord(Record):
     """How a trial failed."""
 
     failure_class: str
-    """One of FAILURE_CLASSES."""
+    """One of FAILURE_CLASSES, or `disk_full`, which ends the run and not the trial."""
     sentence: str = ""
     """Message for people."""
     final: bool = False
@@ -209,7 +213,7 @@ class MetricsRow(Record):
     train_loss: float | None = None
     """Mean loss over the targets since the last report."""
     learning_rate: float | None = None
-    intervals: dict[str, list[float | None] | None] | None = None
+    intervals: dict[str, Ends | None] | None = None
     """Metric -> the ends of its confidence interval."""
     train_seconds: float | None = None
     eval_seconds: float | None = None
@@ -230,12 +234,16 @@ class MetricsRow(Record):
     def get_metric(self, name: str) -> float | None:
         """Return a metric of the evaluation; None if the row does not have it.
 
-        Raises TypeError if the value is not a number: the file is damaged.
+        Raises DamagedFile if the value is not a number.
         """
-        value = (self.model_extra or {}).get(name, getattr(self, name, None))
-        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        value = (self.model_extra or {}).get(name)
+        if name in type(self).model_fields:
+            value = getattr(self, name)
+        if value is None or isinstance(value, int | float):
             return value
-        raise TypeError(f"{name} is {value!r}, not a number")
+        raise DamagedFile(
+            f"metrics.jsonl is damaged: {name} of step {self.step} is {value!r}, not a number"
+        )
 
     def get_metrics(self, names: Iterable[str]) -> dict[str, float | None]:
         """Return the named metrics that the row has, NaN and infinite ones as None."""
@@ -247,7 +255,7 @@ class SplitScores(Record):
     """Scores of a model on one split, in test.json or base.json."""
 
     metrics: dict[str, float | None] = {}
-    intervals: dict[str, list[float | None] | None] = {}
+    intervals: dict[str, Ends | None] = {}
     """Metric -> the ends of its confidence interval."""
     whole: dict[str, float | None] = {}
     """Metrics that have one value for all rows together."""
@@ -255,6 +263,11 @@ class SplitScores(Record):
     """Class -> its precision, recall, F1 and rows; only for classifiers."""
     confusion: list[list[int]] = []
     """Rows by true class and predicted class; only for classifiers."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether the model was not evaluated on the split."""
+        return not self.model_fields_set
 
 
 class HeldOutScores(Record):
@@ -354,7 +367,7 @@ def read_rows(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
         The records, oldest first; none if the file does not exist.
 
     Raises:
-        DamagedFile: A line's value has another type.
+        DamagedFile: A line's value has another type, or a newer version of lorafleet wrote it.
     """
     return [parse_record(path, kind, line) for line in read_lines(path)]
 
@@ -370,7 +383,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_record(path: Path, kind: type[AnyRecord], values: dict[str, Any]) -> AnyRecord:
-    """Return the values of a file, or of a line of it, as a record.
+    """Convert the values of a file, or of a line of it, to a record.
 
     Args:
         path: The file, for messages.
@@ -380,18 +393,25 @@ def parse_record(path: Path, kind: type[AnyRecord], values: dict[str, Any]) -> A
     Raises:
         DamagedFile: A value has another type, or a newer version of lorafleet wrote the values.
     """
-    version = values.get("schema_version", files.SCHEMA_VERSION)
-    if not isinstance(version, int) or version > files.SCHEMA_VERSION:
-        raise DamagedFile(
-            f"{path} has schema_version {version}, and this lorafleet reads versions up to "
-            f"{files.SCHEMA_VERSION}: use the version of lorafleet that wrote it"
-        )
+    check_version(path, values)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise _make_damage(path, error) from None
     except RecursionError:
         raise DamagedFile(f"{path} is damaged: it is nested too deeply") from None
+
+
+def check_version(path: Path, values: dict[str, Any]) -> None:
+    """Raise DamagedFile if a newer version of lorafleet wrote the values of a file."""
+    version = values.get("schema_version", files.SCHEMA_VERSION)
+    if not isinstance(version, int):
+        raise DamagedFile(f"{path} is damaged: schema_version is {version!r}, not an integer")
+    if version > files.SCHEMA_VERSION:
+        raise DamagedFile(
+            f"{path} has schema_version {version}, and this lorafleet reads versions up to "
+            f"{files.SCHEMA_VERSION}: use the version of lorafleet that wrote it"
+        )
 
 
 @contextlib.contextmanager

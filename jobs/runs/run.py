@@ -121,21 +121,18 @@ def _parse_state(states: type[State], text: str, folder: Path) -> State:
         ) from None
 
 
-Line = TypeVar("Line", MetricsRow, Event)
+def _drop_stale(rows: list[MetricsRow]) -> list[MetricsRow]:
+    """Return the rows without those of stale attempts.
 
-
-def _drop_stale(lines: list[Line]) -> list[Line]:
-    """Return the lines of a file without those of stale attempts.
-
-    A line is stale if a newer attempt had begun to write before it.
+    A row is stale if a newer attempt had begun to write before it.
     """
-    current_lines, newest = [], 0
-    for line in lines:
-        attempt = line.attempt or 0
+    current_rows, newest = [], 0
+    for row in rows:
+        attempt = row.attempt or 0
         if attempt >= newest:
-            current_lines.append(line)
+            current_rows.append(row)
             newest = attempt
-    return current_lines
+    return current_rows
 
 
 @dataclass(frozen=True)
@@ -511,7 +508,9 @@ class Run:
                 messages.append(f"trial {trial.id} is skipped: {error}")
                 listed_ids.add(trial.id)
         with contextlib.suppress(DamagedFile):
-            created_ids = dict.fromkeys(event.trial_id for event in self.read_events(TrialEvent))
+            created_ids = dict.fromkeys(
+                event.trial_id for event in self.read_events(TrialEvent) if event.trial_id
+            )
             messages += [
                 f"trial {name} was created, but its folder is missing"
                 for name in created_ids
@@ -549,5 +548,4 @@ class Run:
 
     def read_events(self, kind: type[AnyEvent]) -> list[AnyEvent]:
         """Return the events of a kind, oldest first; of `Event`, all events."""
-        events = _drop_stale(read_events(self.path / "events.jsonl"))
-        return [event for event in events if isinstance(event, kind)]
+        return read_events(self.path / "events.jsonl", kind)

@@ -124,7 +124,9 @@ def _resolve_revisions(models: list[JobInput]) -> dict[str, str]:
     """
     revisions: dict[str, str] = {}
     for model in models:
-        name = str(model) if model.reference in revisions else model.reference
+        # Also for a revision of None: two entries must not share a name.
+        is_further = model.reference in revisions
+        name = f"{model.reference}@{model.revision}" if is_further else model.reference
         revisions[name] = model.resolve_revision()
     return revisions
 

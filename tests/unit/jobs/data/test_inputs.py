@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from lorafleet.cluster.local_site import detect_site
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.jobs import files
 from lorafleet.jobs.data import rows as data_rows
-from lorafleet.jobs.data.inputs import resolve_inputs
+from lorafleet.jobs.data.hub import get_hub_cache
+from lorafleet.jobs.data.inputs import JobInput, resolve_inputs
 from lorafleet.jobs.data.rows import forget_rows, load_rows
 from lorafleet.jobs.errors import AssetError
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials.trial_id import _resolve_revisions
 from tests.conftest import JobMaker
 
 FOUR_ARMS = """
@@ -117,3 +121,31 @@ def test_bad_rows_that_are_collected_are_not_kept(bert_job: JobMaker, tmp_path: 
     load_rows(job, problems)
     load_rows(job, problems)
     assert len(problems) == 2
+
+
+def test_revisions_of_one_model_have_names_of_their_own(
+    bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the one without a revision, which is that of the hub's main branch."""
+    monkeypatch.setattr(
+        "lorafleet.jobs.data.inputs.resolve_model_revision",
+        lambda name, revision: f"commit of {revision}",
+    )
+    models = [JobInput("f", "org/x", "model", revision) for revision in ("r1", None, "r2")]
+    assert _resolve_revisions(models) == {
+        "org/x": "commit of r1",
+        "org/x@None": "commit of None",
+        "org/x@r2": "commit of r2",
+    }
+
+
+def test_the_hub_cache_is_where_the_client_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    for value, folder in (("~/hub", "/home/ann/hub"), ("$SCRATCH/hub", "/scratch/hub")):
+        monkeypatch.setenv("HF_HUB_CACHE", value)
+        code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
+        client = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert str(get_hub_cache()) == folder == client.stdout.strip()

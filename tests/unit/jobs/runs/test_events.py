@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 
+from lorafleet.evaluation.metrics.summary import read_results
 from lorafleet.jobs.runs import events
-from lorafleet.jobs.runs.records import DamagedFile, FailureRecord, MetricsRow, Record
+from lorafleet.jobs.runs.records import (
+    DamagedFile,
+    FailureRecord,
+    HeldOutScores,
+    MetricsRow,
+    Record,
+    read_typed,
+)
 from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.schema.metrics import METRICS, ROW_KEYS
 
 
 def _list_kinds() -> list[type[events.Event]]:
@@ -56,7 +65,7 @@ def test_an_event_of_a_newer_version_is_kept_and_not_shown(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ({"event": "warning", "trial_id": "t"}, "sentence"),
+        ({"event": "warning", "trial_id": 3}, "trial_id"),
         ({"event": "retry", "trial_id": "t", "number": 1, "failure": {}}, "failure_class"),
         ({"event": "rung", "trial_id": "t", "rung": "1", "goes_on": True}, "rung"),
     ],
@@ -84,11 +93,33 @@ def test_records_of_a_newer_version_are_refused(name: str, tmp_path: Path) -> No
         read()
 
 
+def test_lines_that_nothing_reads_may_be_damaged(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "r")
+    lines = [
+        {"event": "retry", "attempt": 1},  # stale: attempt 2 has begun
+        {"event": "base_loaded", "actor": 7, "attempt": 2},
+        {"event": "note", "attempt": 2},
+        {"event": "search", "trials": 4, "attempt": 2},
+    ]
+    text = json.dumps({"event": "attempt", "number": 2, "attempt": 2})
+    text = "\n".join([text, *map(json.dumps, lines)])
+    (run.path / "events.jsonl").write_text(text + "\n")
+    assert [event.trials for event in run.read_events(events.SearchEvent)] == [4]
+    assert [event.sentence for event in run.read_events(events.NoteEvent)] == [""]
+    with pytest.raises(DamagedFile, match="actor"):
+        run.read_events(events.Event)
+
+
+def test_no_custom_metric_can_be_called_as_a_field_of_a_row() -> None:
+    assert set(MetricsRow.model_fields) <= ROW_KEYS | set(METRICS)
+
+
 def test_a_metric_is_a_number_or_missing() -> None:
     row = MetricsRow.model_validate({"step": 1, "loss": 0.5, "f1": None, "mine": 3, "odd": "x"})
     assert [row.get_metric(name) for name in ("loss", "f1", "mine", "none")] == [0.5, None, 3, None]
     assert row.get_metrics(["loss", "f1", "none"]) == {"loss": 0.5, "f1": None}
-    with pytest.raises(TypeError, match="odd is 'x', not a number"):
+    assert row.get_metric("copy") is None  # the name of a method is not a value
+    with pytest.raises(DamagedFile, match="odd of step 1 is 'x', not a number"):
         row.get_metric("odd")
 
 
@@ -97,3 +128,20 @@ def test_a_record_is_written_as_it_was_read() -> None:
     row = MetricsRow.model_validate(values)
     assert row.to_dict() == values
     assert Record.model_validate({"a": 1}).to_dict() == {"a": 1}
+
+
+def test_scores_of_another_split_are_none(tmp_path: Path) -> None:
+    """A model that was evaluated on the validation rows alone has no results on the test rows."""
+    predictions = tmp_path / "predictions-test.jsonl"
+    predictions.write_text(json.dumps({"row": 0, "predicted": 1, "target": 1, "loss": 0.5}) + "\n")
+    for text in ("{}", '{"validation": {"metrics": {}}}', '{"test": null}', '{"test": {}}'):
+        (tmp_path / "test.json").write_text(text)
+        scores = read_typed(tmp_path / "test.json", HeldOutScores)
+        assert read_results(predictions, scores.get_split("test")) is None
+
+
+def test_an_interval_has_two_ends(tmp_path: Path) -> None:
+    path = tmp_path / "base.json"
+    path.write_text('{"test": {"intervals": {"f1": [0.1]}}}')
+    with pytest.raises(DamagedFile, match=r"base\.json is damaged: test.intervals.f1"):
+        read_typed(path, HeldOutScores)

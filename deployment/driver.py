@@ -37,7 +37,7 @@ class DeliveryDriver(Driver):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.wanted = ExportRequest.from_record(self.plan.delivery or {})
+        self.request = ExportRequest.from_record(self.plan.delivery or {})
 
     def _run_attempt(self, attempt: int) -> ExitCode:
         """Run the export or benchmark, and record the final state of the run.
@@ -50,9 +50,9 @@ class DeliveryDriver(Driver):
                 run.
         """
         (self.run.path / EXPORTED).unlink(missing_ok=True)  # left by an earlier attempt
-        source = find_run(self.run.path.parent, self.wanted.run)
-        selected = select_model(source, self.wanted.trial_id)
-        out = Path(self.wanted.output or source.path / "export").absolute()
+        source = find_run(self.run.path.parent, self.request.run)
+        selected = select_model(source, self.request.trial_id)
+        out = Path(self.request.output or source.path / "export").absolute()
         try:
             code = (
                 self._export(selected, out)
@@ -65,19 +65,23 @@ class DeliveryDriver(Driver):
                 reason="interrupted: `lorafleet resume` starts it again",
                 wall_seconds=self._compute_wall_seconds(),
             )
-            return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
+            return (
+                ExitCode.INTERRUPTED
+                if self.stop_signal in (None, signal.SIGINT)
+                else ExitCode.REQUEUE
+            )
         self.run.set_state(RunState.FINISHED, phase=None, wall_seconds=self._compute_wall_seconds())
         return code
 
     def _export(self, selected: SelectedModel, out: Path) -> ExitCode:
         """Export the selected model, write exported.json, and return the exit code."""
-        exported = run_delivery(selected, self.wanted, out, self._report_progress)
+        exported = run_delivery(selected, self.request, out, self._report_progress)
         files.write_json(self.run.path / EXPORTED, exported.model_dump(mode="json"))
         return exported.code
 
     def _benchmark(self, selected: SelectedModel, out: Path) -> ExitCode:
         """Benchmark the selected model and write the report."""
-        delivery = self.wanted
+        delivery = self.request
         settings = BenchmarkSettings(
             delivery.rounds, delivery.rows, delivery.new_tokens, delivery.threads, delivery.points
         )

@@ -189,8 +189,8 @@ class Comparison(TrainingDriver):
             time.sleep(_POLL_SECONDS)
         # The arm ended by itself to be requeued: too few machines of the allocation are left. The
         # comparison must be requeued too.
-        if code == ExitCode.REQUEUE and self.told is None:
-            self.told = signal.SIGUSR1
+        if code == ExitCode.REQUEUE and self.stop_signal is None:
+            self.stop_signal = signal.SIGUSR1
             self.stop_file.touch()
         self._check_stop()
         # Models of an arm that broke off would be compared although they are half trained.
@@ -380,7 +380,9 @@ class Comparison(TrainingDriver):
         write_report(self.run)
         # SIGTERM, SIGUSR1 and SIGHUP usually come from a queue or a supervisor, which may start the
         # run again.
-        return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
+        return (
+            ExitCode.INTERRUPTED if self.stop_signal in (None, signal.SIGINT) else ExitCode.REQUEUE
+        )
 
     def _finish(self) -> ExitCode:
         """Write the report, record the final state, and return the exit code.

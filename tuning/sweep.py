@@ -342,7 +342,11 @@ class Sweep(TrainingDriver):
             )
             if not self.share:
                 write_report(self.run)
-            return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
+            return (
+                ExitCode.INTERRUPTED
+                if self.stop_signal in (None, signal.SIGINT)
+                else ExitCode.REQUEUE
+            )
         from lorafleet.evaluation.render.wandb import track_report
 
         states = [trial.state for trial in self.run.list_trials()]

@@ -62,8 +62,8 @@ class Driver(ABC):
         self.placement = Placement.model_validate(self.plan.placement)
         self.began = self.noted = time.time()
         self.earlier_seconds = float(run.read_status().wall_seconds or 0.0)
-        self.told: signal.Signals | None = None  # the signal that asked the run to end
-        self.told_at = 0.0
+        self.stop_signal: signal.Signals | None = None  # the signal that asked the run to end
+        self.stop_signal_at = 0.0
         self.disk_full: str | None = None
 
     @abstractmethod
@@ -154,7 +154,7 @@ class Driver(ABC):
                     self.run.set_state(RunState.FAILED, reason=str(disk_error))
                     raise disk_error from error
                 if (
-                    self.told is not None
+                    self.stop_signal is not None
                 ):  # Slurm ended Ray and the driver at the same time, so nothing could save
                     self.run.set_state(
                         RunState.STOPPED,
@@ -191,16 +191,19 @@ class Driver(ABC):
         Only touches the stop file, which hosts on other machines see as well. Signals within a
         second count as one: timeout and terminals signal the process and its group.
         """
-        if self.told is signal.SIGUSR1 and number == signal.SIGUSR1:
+        if self.stop_signal is signal.SIGUSR1 and number == signal.SIGUSR1:
             return  # a queue may warn twice
-        if self.told is not None and time.monotonic() - self.told_at < _REPEATED_SIGNAL_SECONDS:
+        if (
+            self.stop_signal is not None
+            and time.monotonic() - self.stop_signal_at < _REPEATED_SIGNAL_SECONDS
+        ):
             return  # the same signal, sent to the process and to its group
-        self.told_at = time.monotonic()
+        self.stop_signal_at = time.monotonic()
         # The default action ends the process at once, and tells the parent which signal it was.
-        if self.told is not None:
+        if self.stop_signal is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.told = signal.Signals(number)
+        self.stop_signal = signal.Signals(number)
         self.stop_file.touch()
 
     def _install_signal_handlers(self) -> dict[signal.Signals, Any]:

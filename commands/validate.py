@@ -116,7 +116,7 @@ def _list_local_problems(loaded: LoadedJob) -> list[Problem]:
     A cluster has rules of its own.
     """
     from lorafleet.cluster.local_site import detect_local_site
-    from lorafleet.cluster.planning.plan import refuse_attention, refuse_environment
+    from lorafleet.cluster.planning.refusals import refuse_attention, refuse_environment
     from lorafleet.jobs.errors import JobFileError
 
     problems: list[Problem] = []

@@ -34,8 +34,8 @@ from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.encoding import RowEncoder
 from lorafleet.jobs.data.hub import resolve_model_revision
 from lorafleet.jobs.data.row_formats import Row
-from lorafleet.jobs.data.rows import Rows, get_split_file, get_split_files, load_rows
-from lorafleet.jobs.data.splits import SPLIT_VERSION
+from lorafleet.jobs.data.rows import Rows, load_rows
+from lorafleet.jobs.data.split_files import SPLIT_VERSION, get_split_file, get_split_files
 from lorafleet.jobs.data.verified_files import check_cache
 from lorafleet.jobs.errors import DataError
 from lorafleet.jobs.schema.job import JobSpec

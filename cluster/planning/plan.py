@@ -8,7 +8,6 @@ possible before anything is downloaded.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from lorafleet.cluster.planning.memory import (
     estimate,
 )
 from lorafleet.cluster.planning.model_shape import Shape, parse_shape
+from lorafleet.cluster.planning.refusals import refuse_attention, refuse_environment, uses_gpu
 from lorafleet.evaluation.metrics.baselines import evaluate_majority_class
 from lorafleet.evaluation.report.verdict import check_rows
 from lorafleet.jobs.data.hub import count_parameters, read_model_config
@@ -30,11 +30,10 @@ from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.loading.unused_fields import collect_unused_notes
 from lorafleet.jobs.runs.plan import MemoryEstimate, Plan, PlannedTrial
 from lorafleet.jobs.schema.compatibility import WEIGHT_SHARDING_STRATEGIES, find_unsupported
-from lorafleet.jobs.schema.environment import can_change_code
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.schema.precision import describe_planned_formats, get_attention_refusal
+from lorafleet.jobs.schema.precision import describe_planned_formats
 from lorafleet.jobs.schema.types import Assignment, Strategy
-from lorafleet.jobs.sites.base import LocalSite, Site
+from lorafleet.jobs.sites.base import Site
 from lorafleet.jobs.sites.placement import Placement, compute_placement
 from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials import arms
@@ -304,48 +303,6 @@ def _find_long_warmup(trials: list[JobSpec], schedules: list[Schedule]) -> list[
     return []
 
 
-def refuse_environment(loaded: LoadedJob, allowed: Collection[str]) -> None:
-    """Raise JobFileError for variables of a job that change which code runs.
-
-    Variables that the site allows by name pass. A job file is data that people share: what it
-    runs must be visible in it.
-    """
-    problems = [
-        Problem(
-            f"environment.{name}",
-            f"environment.{name} changes which code runs, which a job file must not do: export it "
-            "in your shell, or set it in the site file (environment, or allow_environment)",
-        )
-        for name in loaded.job.environment
-        if can_change_code(name) and name not in allowed
-    ]
-    if problems:
-        raise JobFileError(str(loaded.path), [loaded.locate(problem) for problem in problems])
-
-
-def refuse_attention(job: JobSpec, site: Site, path: str) -> None:
-    """Raise JobFileError for an attention implementation that the site cannot use.
-
-    Installed packages are known for this machine only.
-    """
-    is_local = isinstance(site, LocalSite)
-    has_flash = not is_local or importlib.util.find_spec("flash_attn") is not None
-    field = "model.attn_implementation"
-    searched = job.search.parameters.get(field) if job.search else None
-    values = list((searched.values if searched else None) or [job.model.attn_implementation])
-    values += (
-        [arm.set[field] for arm in job.comparison.arms.values() if field in arm.set]
-        if job.compare
-        else []
-    )
-    for value in dict.fromkeys(values):
-        model = job.model.model_copy(update={"attn_implementation": value})
-        variant = job.model_copy(update={"model": model})
-        message = get_attention_refusal(variant, cuda=uses_gpu(job, site), has_flash=has_flash)
-        if message:
-            raise JobFileError(path, [Problem(field, message)])
-
-
 def _load_inputs(job: JobSpec) -> _JobInputs:
     notes: list[str] = []
     rows = facts = None
@@ -552,15 +509,6 @@ def _build_planned_trial(
         steps=plan.total_steps,
         memory=memory,
     )
-
-
-def uses_gpu(job: JobSpec, site: Site) -> bool:
-    """Return whether a job's trials run on GPUs of a site.
-
-    A site without GPUs, `resources.device: cpu` and `resources.gpus_per_node: 0` all mean
-    the CPU.
-    """
-    return site.gpus > 0 and job.resources.device != "cpu" and job.resources.gpus_per_node != 0
 
 
 def _estimate_memory(resolved: JobSpec, inputs: _JobInputs, *, cuda: bool) -> MemoryEstimate | None:

@@ -25,7 +25,7 @@ from lorafleet.jobs.data.hub import (
     read_model_config,
 )
 from lorafleet.jobs.data.inputs import JobInput, resolve_inputs
-from lorafleet.jobs.data.rows import get_split_files
+from lorafleet.jobs.data.split_files import get_split_files
 from lorafleet.jobs.data.weight_names import is_named, list_layer_names, read_weight_shapes
 from lorafleet.jobs.errors import AssetError, DataError, JobFileError, Problem
 from lorafleet.jobs.loading.job_file import LoadedJob, load_job

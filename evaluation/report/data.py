@@ -24,7 +24,8 @@ from lorafleet.jobs.data.chat_format import ChatFormat
 from lorafleet.jobs.data.chat_template import TemplateRefusal
 from lorafleet.jobs.data.encoding import Example, RowEncoder
 from lorafleet.jobs.data.row_formats import Row
-from lorafleet.jobs.data.rows import Rows, get_split_file, load_rows
+from lorafleet.jobs.data.rows import Rows, load_rows
+from lorafleet.jobs.data.split_files import get_split_file
 from lorafleet.jobs.errors import AssetError
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.job import JobSpec

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from lorafleet.jobs import files
-from lorafleet.jobs.data.assets import PREFIX, get_asset_folder
+from lorafleet.jobs.data.assets import PREFIX
 from lorafleet.jobs.data.columns import is_large, read_columns, read_first_record
-from lorafleet.jobs.data.data_files import DATA_SUFFIXES, read_records
-from lorafleet.jobs.data.hub import HubName, get_dataset_folder, read_model_config
+from lorafleet.jobs.data.data_files import read_records
+from lorafleet.jobs.data.hub import read_model_config
 from lorafleet.jobs.data.row_formats import BadRow, Row, convert_record, detect_row_format
 from lorafleet.jobs.data.row_lists import (
     AnyRows,
@@ -29,8 +29,9 @@ from lorafleet.jobs.data.row_lists import (
     can_compare_questions,
     count_labels,
 )
+from lorafleet.jobs.data.split_files import get_split_files
 from lorafleet.jobs.data.splits import sample_rows, split_held_out
-from lorafleet.jobs.errors import AssetError, DataError
+from lorafleet.jobs.errors import DataError
 from lorafleet.jobs.schema.job import DataFormat, DataSpec, JobSpec
 from lorafleet.jobs.schema.model_kinds import get_num_labels
 from lorafleet.jobs.text import escape_line_breaks, format_count, shorten_text
@@ -159,94 +160,6 @@ def _describe_unused_keys(unused: Counter[str]) -> list[str]:
     entries = [f"{key} ({format_count(count, 'time')})" for key, count in sorted(unused.items())]
     more = f", and {len(entries) - _MAX_KEYS_NAMED} more" if len(entries) > _MAX_KEYS_NAMED else ""
     return [f"not used: {', '.join(entries[:_MAX_KEYS_NAMED])}{more}"]
-
-
-def get_split_files(data: DataSpec) -> dict[str, Path]:
-    """Return the file of each split that the job names.
-
-    Files that the job names take the place of the data set's splits.
-
-    Returns:
-        Split -> its file, for those that exist. `train` is always among them.
-
-    Raises:
-        AssetError: If the data set is not on this machine.
-        DataError: If a named file does not exist, or there is no train split.
-    """
-    if data.train_file:
-        return _get_named_files(data)
-    return _find_dataset_splits(data) | _get_named_files(data)
-
-
-def _get_named_files(data: DataSpec) -> dict[str, Path]:
-    named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-    paths = {split: Path(path) for split, path in named.items() if path}
-    for split, path in paths.items():
-        if not path.is_file():
-            raise DataError(f"data.{split}_file is {path}, but {files.describe_non_file(path)}")
-    return paths
-
-
-def get_split_file(split: str, job: JobSpec) -> Path:
-    """Return the file that a split's rows were read from.
-
-    A split without a file was held back from the split before it: test rows from the
-    validation file, or else from the training file.
-    """
-    sources = get_split_files(job.data)
-    return (
-        sources.get(split)
-        or (sources.get("validation") if split == "test" else None)
-        or sources["train"]
-    )
-
-
-def _find_dataset_splits(data: DataSpec) -> dict[str, Path]:
-    name = str(data.dataset_name)
-    if Path(name).is_absolute():
-        return _find_folder_splits(Path(name))
-    hub = get_dataset_folder(name, data.dataset_revision, data.dataset_config_name)
-    folder = get_asset_folder(name) if name.startswith(PREFIX) else hub
-    if not folder.is_dir():
-        raise AssetError(
-            f"data.dataset_name is {HubName(name, data.dataset_revision)}, which is not on this "
-            "machine: run `lorafleet fetch JOB.yaml` where the hub can be reached, or name files "
-            "in data.train_file"
-        )
-    paths = {split: folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
-    paths = {split: path for split, path in paths.items() if path.is_file()}
-    if "train" not in paths:
-        raise DataError(f"data.dataset_name is {name}, but it has no split named train")
-    return paths
-
-
-def _find_folder_splits(folder: Path) -> dict[str, Path]:
-    """Return the files `train`, `validation` and `test` of a user's folder.
-
-    They may have any format that can be read. Other files of the folder are ignored.
-
-    Raises:
-        DataError: If there is no train file, or a split has two files: it would not be
-            clear which one counts.
-    """
-    if not folder.is_dir():
-        raise DataError(f"data.dataset_name is {folder}, but that folder does not exist")
-    paths: dict[str, Path] = {}
-    for split in ("train", "validation", "test"):
-        for path in (folder / f"{split}{suffix}" for suffix in DATA_SUFFIXES):
-            if path.is_file() and split in paths:
-                raise DataError(
-                    f"data.dataset_name is {folder}, which has both {paths[split].name} and "
-                    f"{path.name}: keep one"
-                )
-            if path.is_file():
-                paths[split] = path
-    if "train" not in paths:
-        raise DataError(
-            f"data.dataset_name is {folder}, but that folder has no train file (train.jsonl, "
-            "train.csv, ...): name the file in data.train_file"
-        )
-    return paths
 
 
 def _read_split(

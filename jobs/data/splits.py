@@ -4,8 +4,8 @@ The draw is seeded, keeps equal prompts together and classes in proportion. With
 repeated prompts it equals scikit-learn's draw (StratifiedShuffleSplit with classes,
 else ShuffleSplit). The client does not need scikit-learn; a test compares the two.
 
-A change of the draw needs a new SPLIT_VERSION, which is part of the key of cached
-tokens.
+A change of the draw needs a new SPLIT_VERSION (`split_files.py`), which is part of the key
+of cached tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from lorafleet.jobs.data.row_lists import AnyRows, LargeRows, count_labels, sele
 from lorafleet.jobs.errors import DataError
 from lorafleet.jobs.text import format_count
 
-SPLIT_VERSION = 3
-"""Version of the split. It is increased whenever other rows are held back."""
 _MAX_PROMPT_CHARS = 60
 
 

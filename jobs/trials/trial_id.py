@@ -14,8 +14,7 @@ from typing import Any
 
 from lorafleet.jobs.data.adapters import ADAPTER_FILES
 from lorafleet.jobs.data.inputs import JobInput, resolve_inputs
-from lorafleet.jobs.data.rows import get_split_files
-from lorafleet.jobs.data.splits import SPLIT_VERSION
+from lorafleet.jobs.data.split_files import SPLIT_VERSION, get_split_files
 from lorafleet.jobs.files import compute_file_digest
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.job import JobSpec

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorafleet.cluster.planning.plan import make_plan, refuse_attention
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.cluster.planning.refusals import refuse_attention
 from lorafleet.commands.plan import describe_plan
 from lorafleet.jobs.errors import JobFileError, UserError
 from lorafleet.jobs.loading.job_file import load_text

@@ -101,6 +101,7 @@ def check_stopped(place: Path, said: str = "") -> None:
     assert max(int(row.step) for row in trial.read_metrics()) == STEPS
 
 
+@pytest.mark.long
 def test_timeout_stops_a_run(bert_job: JobMaker, place: Path) -> None:
     job = save(bert_job(), place)
     command = [
@@ -117,7 +118,9 @@ def test_timeout_stops_a_run(bert_job: JobMaker, place: Path) -> None:
     assert newest(place).state is RunState.STOPPED, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("hangup", [signal.SIG_DFL, signal.SIG_IGN])
+@pytest.mark.parametrize(
+    "hangup", [pytest.param(signal.SIG_DFL, marks=pytest.mark.long), signal.SIG_IGN]
+)
 def test_a_terminal_that_closes_stops_a_run(
     hangup: signal.Handlers, bert_job: JobMaker, place: Path
 ) -> None:

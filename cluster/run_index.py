@@ -67,7 +67,8 @@ def _resolve_run(runs: Path, name: str | None) -> Run:
         for path in (Path(name), runs / name):
             if (path / "plan.json").is_file() and not path.is_symlink():
                 return Run(path.absolute())
-    candidates = list_all_runs(runs)
+    damaged: list[str] = []
+    candidates = list_all_runs(runs, damaged)
     if (
         name is not None or not candidates
     ):  # runs on a cluster may be stored in the site's own runs_dir
@@ -83,6 +84,8 @@ def _resolve_run(runs: Path, name: str | None) -> Run:
     if name is None:
         if candidates:
             return Run(candidates[0].path.absolute())
+        if damaged:
+            raise RunError(f"no run in {runs.absolute()} can be read: {damaged[0]}")
         raise RunError(
             f"there is no run in {runs.absolute()}: start one, or name another folder with --runs "
             "DIR"

@@ -39,7 +39,7 @@ class TrainingDriver(Driver):
 
         Returns:
             A context manager. The yielded event has Ray's session folder and whether this
-            driver started Ray (`own`).
+            driver started Ray.
 
         Raises:
             RunError: Ray did not start on this machine.
@@ -65,7 +65,7 @@ class TrainingDriver(Driver):
                 )  # their warnings address authors of trainables
             self._install_signal_handlers()  # ray.init has replaced the SIGTERM handler
             session_dir = str(context.address_info.get("session_dir", ""))
-            session = RayEvent(session_dir=session_dir, own=not address)
+            session = RayEvent(session_dir=session_dir, started_by_driver=not address)
             node = {"attempt": attempt, "node_id": ray.get_runtime_context().get_node_id()}
             files.write_json(self.run.path / "logs" / "ray.json", session.to_dict() | node)
             # An autoscaler adds machines when trials wait for them, so the machines of this moment

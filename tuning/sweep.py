@@ -60,7 +60,7 @@ class Sweep(TrainingDriver):
                 data = reading.result()
                 # A local Ray runs on this machine alone, which has been checked by reading the
                 # data.
-                if not ray_session.own:
+                if not ray_session.started_by_driver:
                     check_nodes(self.run.path, data.folder, self.job)
                 if not self.stop_file.exists():
                     self._run_search(attempt, data)

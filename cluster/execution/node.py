@@ -45,7 +45,7 @@ _WORKER_PORT_OFFSET = 20
 
 
 class NodeReport(BaseModel):
-    """What one node of a job shows, sent to the head as a line of JSON."""
+    """Report of one node of a job, sent to the head as a line of JSON."""
 
     model_config = ConfigDict(frozen=True)
 

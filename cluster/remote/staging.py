@@ -146,11 +146,12 @@ def list_missing_uploads(storage: str, job: JobSpec) -> list[str]:
         for row in files.read_jsonl(_get_ledger_path())
         if row.get("storage") == storage
     }
-    return [
-        item.reference
-        for item in resolve_inputs(job).fetched
-        if not any(target.startswith(_get_target(item, uploaded)) for target in uploaded)
-    ]
+    missing = []
+    for item in resolve_inputs(job).fetched:
+        required = _get_target(item, uploaded)
+        if not any(target.startswith(required) for target in uploaded):
+            missing.append(item.reference)
+    return missing
 
 
 def _get_target(item: JobInput, uploaded: Iterable[str]) -> str:

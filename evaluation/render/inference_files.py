@@ -25,7 +25,7 @@ def save_inference_files(job: JobSpec, folder: Path) -> PromptMetadata:
         folder: Folder of the weights. Files of the same names are replaced.
 
     Returns:
-        What the model card's code needs to build a prompt.
+        Metadata with which the code of the model card builds a prompt.
 
     Raises:
         AssetError: The model or the data is not on this machine.

@@ -8,7 +8,7 @@ from lorafleet.jobs.runs.records import Record
 
 
 class PromptMetadata(Record):
-    """What plain transformers needs to build a prompt as in training."""
+    """Data with which plain transformers builds a prompt as in training."""
 
     tokenizer: bool = False
     """True if the tokenizer was saved beside the weights. Earlier versions did not save it."""

@@ -306,7 +306,7 @@ def _collect_scores(results_by_seed: dict[int, RowResults], names: Sequence[str]
 
 @dataclass(frozen=True)
 class _ArmTraining:
-    """What the training of an arm produced and cost."""
+    """Results and costs of the training of an arm."""
 
     rows: list[Row]
     """Trials of its chosen configuration, one for each seed."""

@@ -23,9 +23,9 @@ from lorafleet.jobs.data.hub import (
 from lorafleet.jobs.schema.job import JobSpec
 
 Source = Literal["path", "asset", "hub"]
-"""Where an input comes from: a path of this machine, an asset of lorafleet, or the hub."""
+"""Source of an input: a path of this machine, an asset of lorafleet, or the hub."""
 Role = Literal["model", "encoder", "dataset", "data_file", "adapter", "config", "metric"]
-"""What an input is used for."""
+"""Use of an input."""
 _MODEL = "model.model_name_or_path"
 _PATH_STARTS = ("/", "./", "../", "~")
 

@@ -40,7 +40,7 @@ class RayEvent(Event):
     event: Literal["ray"] = "ray"
     session_dir: str = ""
     """Ray's session folder."""
-    own: bool = True
+    started_by_driver: bool = True
     """True for a Ray that this driver started; False for a cluster that it joined."""
 
 

@@ -39,7 +39,7 @@ class Record(BaseModel):
 
 
 class PlanRecord(Record):
-    """What readers of a run need of its plan.json, which may be of another version.
+    """Part of plan.json that readers of a run need. The file may be of another version.
 
     `jobs.runs.plan.Plan` is the whole plan, as this version writes it.
     """

@@ -154,10 +154,10 @@ def check_cuts(run: Run) -> int:
             for when, rung, score, loss in rows
             if rung == event.rung and when <= event.time
         ]
-        own = rungs.make_rung_score(event.score, event.loss, metric["goal"])
-        assert own in recorded
+        rung_score = rungs.make_rung_score(event.score, event.loss, metric["goal"])
+        assert rung_score in recorded
         assert len(recorded) == event.scores
-        assert event.goes_on == rungs.is_promoted(own, recorded, eta)
+        assert event.goes_on == rungs.is_promoted(rung_score, recorded, eta)
     stopped = {trial.id for trial in run.list_trials() if trial.state == "stopped"}
     assert stopped == {event.trial_id for event in events if not event.goes_on}
     assert len({(event.trial_id, event.rung) for event in events}) == len(

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from lorafleet.cluster.run_index import find_run
 from lorafleet.evaluation.metrics.summary import read_results
+from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs import events
 from lorafleet.jobs.runs.records import (
     DamagedFile,
@@ -91,6 +93,14 @@ def test_records_of_a_newer_version_are_refused(name: str, tmp_path: Path) -> No
         match=rf"{name} has schema_version 2, and this lorafleet reads versions up to 1: use the",
     ):
         read()
+
+
+def test_a_folder_of_newer_runs_is_not_called_empty(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "r")
+    (run.path / "plan.json").write_text("{}")
+    (run.path / "status.json").write_text('{"schema_version": 2, "state": "finished"}')
+    with pytest.raises(RunError, match=r"no run in .* can be read: .* has schema_version 2"):
+        find_run(tmp_path, None)
 
 
 def test_lines_that_nothing_reads_may_be_damaged(tmp_path: Path) -> None:

@@ -36,11 +36,11 @@ class TrialReport(BaseModel):
     stopping: bool = False
     """True if the trial has saved because the run is asked to stop."""
     failure: FailureRecord | None = None
-    """Why the trial cannot continue. Such a report has no row."""
+    """Reason why the trial cannot continue. Such a report has no row."""
     disk_full: str | None = None
     """Message that ends the run: the trial could not write."""
     warning: str | None = None
-    """What the run's report must mention of the trial."""
+    """Sentence about the trial for the report of the run."""
     worker: WorkerInfo | None = None
 
     @property

@@ -70,7 +70,12 @@ def create_serving_app(
     def get_health() -> dict[str, str]:
         return {"status": "ok"}
 
-    description = {"id": name, "object": "model", "created": server.made, "owned_by": "lorafleet"}
+    description = {
+        "id": name,
+        "object": "model",
+        "created": server.created,
+        "owned_by": "lorafleet",
+    }
 
     @app.get("/v1/models")
     def list_models() -> dict[str, Any]:

@@ -52,7 +52,7 @@ class ServedModel:
     name: str
     limits: Limits
     framed: Callable[[list[dict[str, str]]], str]
-    made: int = field(default_factory=lambda: int(time.time()))
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.turns = TurnQueue(self.limits)

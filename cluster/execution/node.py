@@ -60,7 +60,7 @@ class NodeReport(BaseModel):
     address: str = ""
     """IPv4 address; empty if the node has none."""
     problem: str | None = None
-    """Why the node cannot be used, as a verb phrase; None if it can."""
+    """Reason why the node cannot be used, as a verb phrase; None if it can."""
     driver: str = ""
     """Version of the GPU driver; empty without GPUs."""
     gpus: int = 0

@@ -1,4 +1,4 @@
-"""How often a command reads the user's files before it hands a job over."""
+"""Count how often a command reads the user's files before it submits a job."""
 
 from __future__ import annotations
 

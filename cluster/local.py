@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,10 @@ from lorafleet.jobs.sites.base import Site
 if TYPE_CHECKING:
     from lorafleet.jobs.loading.job_file import LoadedJob
     from lorafleet.jobs.runs.plan import Plan
+
+_START_SECONDS = 10.0
+"""Longest wait for a driver that was started to record that it has the run."""
+_START_POLL_SECONDS = 0.05
 
 
 class LocalBackend:
@@ -84,7 +89,8 @@ class LocalBackend:
         """Start the driver in its own process group, apart from the terminal's signals.
 
         All signals reach it through the command that watches it. The caller has already checked
-        that the run belongs to this user.
+        that the run belongs to this user. Returns when the driver has the run, so that a later
+        command, such as `stop`, finds it.
         """
         logs = run.path / "logs"
         logs.mkdir(exist_ok=True)
@@ -100,6 +106,12 @@ class LocalBackend:
                 process_group=0,
             )
         _STARTED_DRIVERS.append(self.child)
+        # A driver that waits for the silence of an earlier one takes longer; it is not waited for.
+        deadline = time.monotonic() + _START_SECONDS
+        while run.read_status().pid != self.child.pid and time.monotonic() < deadline:
+            if self.child.poll() is not None:
+                break
+            time.sleep(_START_POLL_SECONDS)
 
     def refresh(self, run: Run, say: Say = ignore_message) -> None:
         """Do nothing: the local folder is the run itself."""

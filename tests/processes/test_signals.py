@@ -192,8 +192,11 @@ def test_the_second_signal_is_the_end(bert_job: JobMaker, place: Path) -> None:
     assert not newest(place).is_alive()
     done = lorafleet("resume", newest(place).path, "--detach", cwd=place)
     assert done.returncode == ExitCode.OK, done.stderr
-    lorafleet("stop", newest(place).path, cwd=place)
+    # At once: the driver of the second attempt has only just started.
+    stopped = lorafleet("stop", newest(place).path, cwd=place)
+    assert stopped.returncode == ExitCode.OK, stopped.stderr
     wait_for(lambda: not newest(place).is_alive())
+    assert newest(place).state is RunState.STOPPED
 
 
 @pytest.mark.long

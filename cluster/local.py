@@ -94,6 +94,7 @@ class LocalBackend:
         """
         logs = run.path / "logs"
         logs.mkdir(exist_ok=True)
+        earlier_attempt = run.read_status().attempt
         with files.open_to_append(logs / "driver.log") as log:
             self.child = subprocess.Popen(
                 [*get_driver_command(), "exec", str(run.path), "--trust"],
@@ -108,7 +109,7 @@ class LocalBackend:
         _STARTED_DRIVERS.append(self.child)
         # A driver that waits for the silence of an earlier one takes longer; it is not waited for.
         deadline = time.monotonic() + _START_SECONDS
-        while run.read_status().pid != self.child.pid and time.monotonic() < deadline:
+        while run.read_status().attempt == earlier_attempt and time.monotonic() < deadline:
             if self.child.poll() is not None:
                 break
             time.sleep(_START_POLL_SECONDS)

@@ -18,6 +18,7 @@ from lorafleet.commands.common import Trust, confirm_trust, print_message
 
 if TYPE_CHECKING:
     from lorafleet.cluster.execution.driver import Driver
+    from lorafleet.cluster.execution.supervisor import Restart
     from lorafleet.jobs.runs.run import Run
 
 _UP_SECONDS = 900.0
@@ -44,13 +45,15 @@ def execute(
     if job is not None:
         selected_run = _unpack_run(run.absolute(), job)
     from lorafleet.cluster.execution.allocation import get_allocation
+    from lorafleet.cluster.execution.supervisor import fork_driver
 
     if (
         job is None and not get_allocation()
     ):  # inside an allocation the submitter has already confirmed
         confirm_trust(selected_run, "exec", trust=trust)
     try:
-        code = _create_driver(selected_run).execute()
+        restart = fork_driver(selected_run) if _is_supervised(selected_run, job) else None
+        code = _create_driver(selected_run, restart).execute()
     # In a Slurm job this is normal: the queue may start a job again while its first start is alive.
     # The code tells the batch script that the run is not over.
     except HasDriver as error:
@@ -61,7 +64,16 @@ def execute(
     raise typer.Exit(code if job is None else _convert_exit_code(selected_run, code))
 
 
-def _create_driver(run: Run) -> Driver:
+def _is_supervised(run: Run, document: Path | None) -> bool:
+    """Return whether the driver may train in its own process, and die of it.
+
+    On a cluster, other processes train, and its queue starts a driver again.
+    """
+    trains = run.read_plan().command in ("train", "sweep", "compare")
+    return trains and document is None and not os.environ.get("RAY_ADDRESS")
+
+
+def _create_driver(run: Run, restart: Restart | None) -> Driver:
     # Each driver is imported only when it is needed: an export must not load Ray.
     command = run.read_plan().command
     if command in ("export", "benchmark"):
@@ -71,10 +83,10 @@ def _create_driver(run: Run) -> Driver:
     if command == "compare":
         from lorafleet.tuning.compare import Comparison
 
-        return Comparison(run)
+        return Comparison(run, restart)
     from lorafleet.tuning.sweep import Sweep
 
-    return Sweep(run)
+    return Sweep(run, restart)
 
 
 def _convert_exit_code(run: Run, code: int) -> int:

@@ -9,19 +9,20 @@ processes, in turn.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import math
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafleet.cluster.execution.command import get_driver_command
+from lorafleet.cluster.execution.supervisor import die_with
 from lorafleet.evaluation.metrics.summary import write_baselines
 from lorafleet.evaluation.render.write import write_report
 from lorafleet.evaluation.report.build import build_report
@@ -29,7 +30,7 @@ from lorafleet.evaluation.report.comparison import select_trained_rows
 from lorafleet.jobs import files
 from lorafleet.jobs.data.rows import forget_rows
 from lorafleet.jobs.errors import ExitCode, RunError
-from lorafleet.jobs.runs.events import NoteEvent, WarningEvent
+from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import arms
@@ -37,11 +38,14 @@ from lorafleet.jobs.trials.trial_id import compute_provenance
 from lorafleet.tuning.driver import TrainingDriver
 from lorafleet.tuning.provenance import build_metadata
 
+if TYPE_CHECKING:
+    from lorafleet.tuning.held_out import HeldOutEvaluation
+    from lorafleet.tuning.inference_speed import Measure
+    from lorafleet.tuning.trial_run import Work
+
 _POLL_SECONDS = 0.5
 _PACE_FILE = "pace.json"
 """File in an arm's folder with the training time of a row."""
-_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
-_LIBC = ctypes.CDLL(None)  # loaded before any fork
 
 
 class _StopRequested(Exception):
@@ -128,11 +132,12 @@ class Comparison(TrainingDriver):
         if self.job.comparison.budget.device_seconds is None or not unmeasured:
             return
         self._record_phase("measuring the speed of the arms")
-        with self._open_ray(attempt):
+        with self._open_measurement(attempt) as measure:
             for name in unmeasured:
                 self._check_stop()
                 job = arms.build_arm_job(self.job, name)
-                seconds = measure_seconds_per_row(self, job, self._get_tokens_folder(job, data))
+                tokens = self._get_tokens_folder(job, data)
+                seconds = measure_seconds_per_row(self, job, tokens, measure)
                 files.write_json(
                     self.run.get_arm(name).path / _PACE_FILE, {"seconds_per_row": seconds}
                 )
@@ -180,7 +185,7 @@ class Comparison(TrainingDriver):
                 cwd=run.path,
                 # Ctrl-C must reach this process only: the arm is asked through its stop file, once.
                 start_new_session=True,
-                preexec_fn=partial(_set_death_signal, os.getpid()),
+                preexec_fn=partial(die_with, os.getpid()),
             )
         while (code := child.poll()) is None:
             if self.stop_file.exists() and not (run.path / "stop").exists():
@@ -208,7 +213,8 @@ class Comparison(TrainingDriver):
 
     def _evaluate_arms(self, attempt: int, data: Any) -> None:
         """Evaluate every arm on the held-out rows and measure its inference."""
-        from lorafleet.tuning.held_out import HeldOutEvaluation, evaluate_all
+        from lorafleet.tuning.finalists import record_unevaluated
+        from lorafleet.tuning.held_out import HeldOutEvaluation
         from lorafleet.tuning.inference_speed import measure_all
         from lorafleet.tuning.trial_run import Work
 
@@ -241,18 +247,51 @@ class Comparison(TrainingDriver):
             for model in models
             if not (model.folder / "test.json").is_file()
         ]
-        with self._open_ray(attempt) as ray_session:
-            self.run.add_event(ray_session)
-            self.unjudged = evaluate_all(work, evaluations, self.placement.slots)
-            for name, why in self.unjudged.items():
-                sentence = f"not evaluated on the held-out rows: {why}"
-                self.run.add_event(WarningEvent(trial_id=name, sentence=sentence))
+        with self._open_measurement(attempt) as measure:
+            self.unjudged = self._evaluate_models(work, evaluations)
+            record_unevaluated(self.run, self.unjudged)
             self._check_stop()
             self._record_phase("measuring inference")
             # One model for each arm: seeds differ in their weights, not in their speed. Reversed,
             # the first seed wins.
             first_models = {model.arm: model for model in reversed(models)}
-            measure_all(self, list(reversed(first_models.values())), split)
+            measure_all(self, list(reversed(first_models.values())), split, measure)
+
+    def _evaluate_models(self, work: Work, evaluations: list[HeldOutEvaluation]) -> dict[str, str]:
+        """Evaluate models on the held-out rows.
+
+        Returns:
+            Model name -> reason, for each model that could not be evaluated.
+        """
+        if not self.evaluates_in_process:
+            from lorafleet.tuning.evaluation_pool import evaluate_in_pool
+
+            return evaluate_in_pool(work, evaluations, self.placement.slots)
+        import torch
+
+        from lorafleet.tuning.base_cache import BaseCache
+        from lorafleet.tuning.in_process import evaluate_in_process
+
+        placement = self.placement
+        torch.set_num_threads(placement.slots * placement.workers * placement.cpus_per_worker)
+        is_restart = self.restart is not None
+        return evaluate_in_process(work, BaseCache(work.gpus), evaluations, is_restart=is_restart)
+
+    @contextlib.contextmanager
+    def _open_measurement(self, attempt: int) -> Iterator[Measure]:
+        """Yield the function that measures a model in a process of its own.
+
+        On a cluster, and on several GPUs, Ray is open meanwhile.
+        """
+        from lorafleet.tuning.inference_speed import build_local_measure, build_ray_measure
+
+        if self.evaluates_in_process:
+            self._prepare_process()
+            yield build_local_measure(self)
+            return
+        with self._open_ray(attempt) as ray_session:
+            self.run.add_event(ray_session)
+            yield build_ray_measure(self)
 
     def _list_models(self, data: Any) -> list[ArmModel]:
         """Return every model of every arm, the arm's first seed first."""
@@ -450,14 +489,3 @@ def _describe_failure(run: Run) -> str:
     failures = [trial.read_status().failure for trial in run.list_trials()]
     messages = [failure.sentence for failure in failures if failure]
     return messages[0] if messages else str(run.read_status().reason or "no trial has a score")
-
-
-def _set_death_signal(parent: int) -> None:
-    """Ask Linux to send SIGTERM to this process when `parent` dies, so that it saves and ends.
-
-    Runs in the child before the driver of an arm starts.
-    """
-    if sys.platform == "linux":
-        _LIBC.prctl(_DIES_WITH_PARENT, signal.SIGTERM)
-        if os.getppid() != parent:  # the parent died before prctl took effect
-            os._exit(ExitCode.INTERRUPTED)

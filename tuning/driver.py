@@ -25,6 +25,43 @@ class TrainingDriver(Driver):
     Adds Ray to `Driver`. `Sweep` and `Comparison` derive from it.
     """
 
+    @property
+    def is_on_cluster(self) -> bool:
+        """Return whether RAY_ADDRESS names a cluster that this driver joins."""
+        return bool(os.environ.get("RAY_ADDRESS"))
+
+    @property
+    def trains_in_process(self) -> bool:
+        """Return whether this process trains all trials itself, one after another.
+
+        It does where nothing would run beside it: one process for a trial, and one trial at a
+        time, on this machine.
+        """
+        placement = self.placement
+        return not self.is_on_cluster and not placement.is_distributed and placement.slots == 1
+
+    @property
+    def evaluates_in_process(self) -> bool:
+        """Return whether this process evaluates all models on held-out rows itself.
+
+        On several GPUs, several models are evaluated at once.
+        """
+        uses_gpus = self.placement.gpus_per_worker > 0
+        return not self.is_on_cluster and not (uses_gpus and self.placement.slots > 1)
+
+    def _prepare_process(self) -> None:
+        """Prepare this process for libraries that train. Changes it for good.
+
+        Call it before torch and transformers are imported.
+        """
+        os.chdir(
+            self.run.path
+            # Ray puts the driver's folder first on every worker's path: the run folder contains no
+            # packages.
+        )
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+
     def _prepare_attempt(self) -> None:
         """Merge the trials of array tasks before anything is read from earlier attempts."""
         super()._prepare_attempt()
@@ -45,11 +82,7 @@ class TrainingDriver(Driver):
             RunError: Ray did not start on this machine.
             PlacementRefused: The cluster's nodes cannot hold a single trial.
         """
-        os.chdir(
-            self.run.path
-            # Ray puts the driver's folder first on every worker's path: the run folder contains no
-            # packages.
-        )
+        self._prepare_process()
         for name, value in _RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # Tune's default for a searcher is one waiting trial, with which freed actors are torn down.
@@ -108,7 +141,8 @@ class TrainingDriver(Driver):
 
     def _build_worker_environment(self) -> dict[str, str]:
         """Return the environment variables of Ray's worker processes."""
-        return _RAY_ENVIRONMENT | build_worker_environment(os.environ) | self.job.environment
+        environment = _ENVIRONMENT | _RAY_ENVIRONMENT | build_worker_environment(os.environ)
+        return environment | self.job.environment
 
     def _fit_placement(self, nodes: tuple[Node, ...]) -> None:
         """Reduce the number of parallel trials to what the cluster's nodes hold.
@@ -121,6 +155,11 @@ class TrainingDriver(Driver):
             self.run.add_event(PlacementEvent(slots=self.placement.slots, sentence=notice))
 
 
+_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Environment variables of every process that trains."""
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -134,6 +173,5 @@ _RAY_ENVIRONMENT = {
     # Nothing reads Tune's snapshots: the ledger is the record, and a resume starts a new Tuner.
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+"""Environment variables that configure Ray."""

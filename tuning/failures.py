@@ -168,22 +168,18 @@ def classify_crash(output: str, trial: Trial) -> FailureRecord:
         FailureRecord.model_validate_json(base64.b64decode(text))
         for text in re.findall(re.escape(_FAILURE_MARKER) + r"([A-Za-z0-9+/=]+)", output)
     ]
-    stacks = trial.save_stacks()
+    hang = classify_hang(trial)
     # When a hanging process is ended, the others report a lost peer: the stacks show that the hang
     # came first.
     causes = [
         failure
         for failure in reported
-        if not stacks or failure.failure_class not in ("worker_lost", "code")
+        if hang is None or failure.failure_class not in ("worker_lost", "code")
     ]
     if causes:
         return min(causes, key=_rank_cause)
-    if stacks:
-        sentence = (
-            "it hung (no progress for retries.hang_minutes); the stacks of its processes are in "
-            f"{', '.join(stacks)} of the trial"
-        )
-        return _make_failure("hang", sentence)
+    if hang is not None:
+        return hang
     # From here on, only Ray's wording is left. Specific causes come before a lost process, which is
     # a consequence of all of them.
     if any(word in output for word in _PREEMPTION_ERRORS):
@@ -216,6 +212,21 @@ def classify_crash(output: str, trial: Trial) -> FailureRecord:
         )
     sentence = "its process died (killed, out of memory, or its node was lost)"
     return _make_failure("worker_lost", sentence)
+
+
+def classify_hang(trial: Trial) -> FailureRecord | None:
+    """Return the failure of a trial whose processes left stacks; None if there are none.
+
+    The stacks are renamed, so that a later hang keeps them.
+    """
+    stacks = trial.save_stacks()
+    if not stacks:
+        return None
+    sentence = (
+        "it hung (no progress for retries.hang_minutes); the stacks of its processes are in "
+        f"{', '.join(stacks)} of the trial"
+    )
+    return _make_failure("hang", sentence)
 
 
 def _rank_cause(failure: FailureRecord) -> int:

@@ -1,6 +1,8 @@
-"""Choose the finalists of a search, and evaluate them and the base on the held-out rows."""
+"""Choose the finalists of a search, which are evaluated on the held-out rows like the base."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from lorafleet.evaluation.metrics.summary import write_baselines
 from lorafleet.evaluation.report.build import build_report
@@ -11,25 +13,26 @@ from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.tuning.held_out import (
+    HeldOutEvaluation,
     build_base_evaluation,
     build_trial_evaluation,
-    evaluate_all,
 )
 from lorafleet.tuning.trial_run import Work
 
 
-def evaluate_finalists(run: Run, job: JobSpec, work: Work, data: TokenData, slots: int) -> None:
-    """Evaluate the base and the finalists on the held-out rows.
+def select_evaluations(
+    run: Run, job: JobSpec, work: Work, data: TokenData
+) -> list[HeldOutEvaluation]:
+    """Return the evaluations of the base and the finalists on the held-out rows.
 
-    A model that an earlier attempt has evaluated is not evaluated again. One that cannot be
-    evaluated costs its own numbers, and a warning.
+    A model that an earlier attempt has evaluated is left out. Writes the rows and the scores
+    of the baselines, which the report shows beside the models.
 
     Args:
         run: The run.
         job: Its job.
         work: What its trials share.
         data: The tokenised rows.
-        slots: Maximum number of models that are evaluated at once.
     """
     # First: the report that chooses them must not know the baselines of the held-out rows yet.
     finalists = select_finalists(run)
@@ -44,7 +47,16 @@ def evaluate_finalists(run: Run, job: JobSpec, work: Work, data: TokenData, slot
     for trial in finalists:
         trial_job = search.build_trial_job(work.job, trial.read_params().assignment)
         evaluations.append(build_trial_evaluation(trial, trial_job, work.tokens, (split,)))
-    for name, reason in evaluate_all(work, evaluations, slots).items():
+    return evaluations
+
+
+def record_unevaluated(run: Run, reasons: Mapping[str, str]) -> None:
+    """Record a warning for each model that could not be evaluated on the held-out rows.
+
+    Args:
+        reasons: Model name -> reason.
+    """
+    for name, reason in reasons.items():
         sentence = f"not evaluated on the held-out rows: {reason}"
         run.add_event(WarningEvent(trial_id=name, sentence=sentence))
 

@@ -6,34 +6,29 @@ for each row), so an evaluation that was written is not repeated by a resumed ru
 
 from __future__ import annotations
 
-import os
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
 from torch import nn
 
+from lorafleet.cluster.execution.supervisor import STACKS_PREFIX
 from lorafleet.evaluation.metrics.predictions import RowResults
 from lorafleet.evaluation.metrics.summary import summarize_results
 from lorafleet.evaluation.tokens import TokenData, open_tokens
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import make_disk_full_error
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.training.evaluation import evaluate_rows
 from lorafleet.training.methods import detach, load_weights
-from lorafleet.training.model import Base, check_class_order, load_base, reset_heads, resolve_device
+from lorafleet.training.model import Base, check_class_order, reset_heads
 from lorafleet.training.watchdog import Watchdog
-from lorafleet.tuning.node_check import extract_error_line
+from lorafleet.tuning.base_cache import BaseCache
 from lorafleet.tuning.trial_run import Work
 
-_PLACEMENT_SECONDS = 900.0
-"""Seconds that a worker may wait to be placed on a node."""
-_MAX_TRIES = 2
+MAX_TRIES = 2
+"""Number of processes that may die while they evaluate a model."""
 
 
 class _StopRequested(Exception):
@@ -44,7 +39,7 @@ class _StopRequested(Exception):
 class HeldOutEvaluation:
     """One model to be evaluated.
 
-    It is pickled and sent to an `EvalWorker`.
+    It is pickled and sent to the process that evaluates it.
     """
 
     name: str
@@ -67,6 +62,28 @@ class HeldOutEvaluation:
     def get_predictions_path(self, split: str) -> Path:
         """Return the predictions file of one split."""
         return Path(self.folder) / self.predictions.replace("SPLIT", split)
+
+    def get_stacks_path(self, attempt: int) -> Path:
+        """Return the file for the stacks of a process that hangs while it evaluates the model.
+
+        Args:
+            attempt: Number of the try, from 1.
+        """
+        name = self.name.replace("/", "-")
+        return Path(self.folder) / f"{STACKS_PREFIX}{name}-{attempt}.txt"
+
+    def count_lost_processes(self) -> int:
+        """Return how many processes died or hung while they evaluated the model."""
+        # A process that leaves the evaluation in any other way deletes its file, which is empty.
+        return sum(path.exists() for path in self._list_stacks_paths())
+
+    def forget_lost_processes(self) -> None:
+        """Delete what `count_lost_processes` counts."""
+        for path in self._list_stacks_paths():
+            path.unlink(missing_ok=True)
+
+    def _list_stacks_paths(self) -> list[Path]:
+        return [self.get_stacks_path(attempt) for attempt in range(1, MAX_TRIES + 1)]
 
 
 def build_trial_evaluation(
@@ -95,28 +112,19 @@ def build_base_evaluation(
     )
 
 
-class EvalWorker:
-    """Ray actor that evaluates one model after another.
+class Evaluator:
+    """Evaluates one model after another in this process.
 
-    Its base stays loaded; adapters are attached and detached. `evaluate_all` starts as many
-    as there are slots, and replaces one whose process died.
+    The base stays loaded; adapters are attached and detached.
+
+    Args:
+        bases: The base of this process.
     """
 
-    def __init__(self, work: Work) -> None:
-        os.chdir(work.run)
-        torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
-        self.work = work
+    def __init__(self, work: Work, bases: BaseCache) -> None:
+        self.work, self.bases = work, bases
         self.data: TokenData | None = None
-        self.base: Base | None = None
-        self.loads = 0  # number of times that a base was loaded
         self.watchdog: Watchdog | None = None
-
-    def is_ready(self) -> bool:
-        """Return True once the actor is running.
-
-        A call of it returns when Ray has placed the actor on a node.
-        """
-        return True
 
     def evaluate(self, evaluation: HeldOutEvaluation, attempt: int) -> bool:
         """Evaluate a model and write the results.
@@ -131,7 +139,7 @@ class EvalWorker:
         started_at = time.monotonic()
         folder = Path(evaluation.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        stacks = folder / f"exam-stacks-{evaluation.name.replace('/', '-')}-{attempt}.txt"
+        stacks = evaluation.get_stacks_path(attempt)
         self.watchdog = Watchdog(stacks, 60 * self.work.job.retries.hang_minutes)
         self.watchdog.reset(setting_up=True)
         if self.data is None or str(self.data.folder) != evaluation.tokens:
@@ -144,7 +152,7 @@ class EvalWorker:
             self.watchdog.close()
         record: dict[str, Any] = {
             "seconds": time.monotonic() - started_at,
-            "base_loads": self.loads,
+            "base_loads": self.bases.loads,
         }
         for split, results in results_by_split.items():
             files.write_jsonl(evaluation.get_predictions_path(split), results.to_records())
@@ -157,21 +165,8 @@ class EvalWorker:
     def _evaluate_splits(
         self, evaluation: HeldOutEvaluation, data: TokenData
     ) -> dict[str, RowResults]:
-        """Return the results of a model on all its splits.
-
-        The base is loaded if the loaded one does not fit.
-        """
-        labels = len(data.labels)
-        # An adapter may have replaced the head that came with the base.
-        head_may_differ = (
-            self.base is not None and self.base.own_head and evaluation.weights is None
-        )
-        if self.base is None or head_may_differ or not self.base.can_serve(evaluation.job, labels):
-            # Dropped first: two bases may not fit into memory at the same time.
-            self.base = None
-            self.base = load_base(evaluation.job, labels, resolve_device(self.work.gpus))
-            self.loads += 1
-        base = self.base
+        """Return the results of a model on all its splits."""
+        base = self.bases.get(evaluation.job, len(data.labels), untuned=evaluation.weights is None)
         if evaluation.weights is None:
             if base.own_head:
                 check_class_order(
@@ -228,80 +223,3 @@ class EvalWorker:
         self.watchdog.reset()
         if self.work.is_stop_requested():
             raise _StopRequested
-
-
-def evaluate_all(work: Work, evaluations: list[HeldOutEvaluation], slots: int) -> dict[str, str]:
-    """Evaluate models, up to `slots` of them at once.
-
-    A failure costs only that model's numbers. A worker whose process dies is replaced, and
-    its evaluation is tried once more. An exception in a living worker is not retried: it
-    would occur again.
-
-    Args:
-        evaluations: Models that have no results yet.
-        slots: Maximum number of workers.
-
-    Returns:
-        Model name -> reason, for each model that could not be evaluated.
-
-    Raises:
-        DiskFull: A worker could not write its results.
-    """
-    failed: dict[str, str] = {}
-    waiting, tries = list(evaluations), Counter[str]()
-    free = [_start_worker(work) for _ in range(min(slots, len(evaluations)))]
-    running: dict[Any, tuple[HeldOutEvaluation, Any]] = {}
-    while waiting or running:
-        while waiting and free:
-            worker, evaluation = free.pop(), waiting.pop(0)
-            try:
-                # Placement may fail for good, for example after nodes were lost; `evaluate` itself
-                # has no time limit.
-                ray.get(worker.is_ready.remote(), timeout=_PLACEMENT_SECONDS)
-            except ray.exceptions.RayError as error:
-                failed[evaluation.name] = (
-                    f"no worker process could be started: {extract_error_line(error)}"
-                )
-                continue
-            tries[evaluation.name] += 1
-            running[worker.evaluate.remote(evaluation, tries[evaluation.name])] = (
-                evaluation,
-                worker,
-            )
-        if not running:
-            return failed | dict.fromkeys(
-                (evaluation.name for evaluation in waiting), "no worker process could be started"
-            )
-        (done, *_), _ = ray.wait(
-            list(running)
-        )  # every call returns: a hanging worker is ended by its watchdog
-        evaluation, worker = running.pop(done)
-        try:
-            ray.get(done)
-        except ray.exceptions.RayError as error:
-            full = make_disk_full_error(error, Path(work.run))
-            if full:
-                raise full from error
-            # Whatever failed, the next model gets a process that nothing has happened to.
-            ray.kill(worker)
-            worker = _start_worker(work)
-            if (
-                isinstance(error, ray.exceptions.RayActorError)
-                and tries[evaluation.name] < _MAX_TRIES
-            ):
-                waiting.append(evaluation)
-            else:
-                failed[evaluation.name] = extract_error_line(error)
-        free.append(worker)
-    return failed
-
-
-def _start_worker(work: Work) -> Any:
-    """Start an evaluation worker with the resources of a trial's process."""
-    resources = work.job.resources
-    actor = ray.remote(EvalWorker).options(
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=work.gpus,
-        label_selector=resources.label_selector,
-    )
-    return actor.remote(work)

@@ -6,35 +6,66 @@ all of them and shows in the spread of the rounds.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-
-import ray
 
 from lorafleet.cluster.execution.subprocess_measurement import measure_in_subprocess
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.events import WarningEvent
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.tuning.node_check import extract_error_line
+
+Measure = Callable[[dict[str, Any], int], dict[str, Any]]
+"""Returns what a request (see `commands/measure.py`) asks for, measured with some threads.
+
+Raises RuntimeError if the measurement fails.
+"""
 
 
-def _build_task(comparison: Any) -> Any:
-    """Return a remote measurement with the resources of a trial."""
+def build_local_measure(comparison: Any) -> Measure:
+    """Return a measurement in a process on this machine.
+
+    Args:
+        comparison: The driver.
+    """
+    return lambda request, threads: measure_in_subprocess(request, comparison.run.path, threads)
+
+
+def build_ray_measure(comparison: Any) -> Measure:
+    """Return a measurement in a process of Ray with the resources of a trial.
+
+    Args:
+        comparison: The driver, with an open Ray.
+    """
+    import ray
+
+    from lorafleet.tuning.node_check import extract_error_line
+
     resources = comparison.job.resources
-    return ray.remote(measure_in_subprocess).options(
+    task = ray.remote(measure_in_subprocess).options(
         num_cpus=resources.cpus_per_worker,
         num_gpus=comparison.placement.gpus_per_worker,
         label_selector=resources.label_selector,
         max_retries=1,
     )
 
+    def measure(request: dict[str, Any], threads: int) -> dict[str, Any]:
+        try:
+            result: dict[str, Any] = ray.get(
+                task.remote(request, str(comparison.run.path), threads)
+            )
+        except ray.exceptions.RayError as error:
+            raise RuntimeError(extract_error_line(error)) from error
+        return result
 
-def measure_seconds_per_row(comparison: Any, job: JobSpec, tokens: str) -> float:
+    return measure
+
+
+def measure_seconds_per_row(comparison: Any, job: JobSpec, tokens: str, measure: Measure) -> float:
     """Return the training time of a row in seconds, measured with the resources of a trial.
 
     Args:
-        comparison: The driver, with an open Ray.
+        comparison: The driver.
         job: The arm's job.
         tokens: Folder of the rows, tokenised for the arm's model.
 
@@ -44,19 +75,12 @@ def measure_seconds_per_row(comparison: Any, job: JobSpec, tokens: str) -> float
     gpus = comparison.placement.gpus_per_worker
     request = {"what": "pace", "job": job.model_dump(mode="json"), "tokens": tokens, "gpus": gpus}
     try:
-        measurements = ray.get(
-            _build_task(comparison).remote(
-                request, str(comparison.run.path), job.resources.cpus_per_worker
-            )
-        )
-    except ray.exceptions.RayError as error:
-        raise RunError(
-            f"the speed of {job.method} could not be measured: {extract_error_line(error)}"
-        ) from error
-    return float(measurements["seconds_per_row"])
+        return float(measure(request, job.resources.cpus_per_worker)["seconds_per_row"])
+    except RuntimeError as error:
+        raise RunError(f"the speed of {job.method} could not be measured: {error}") from error
 
 
-def measure_all(comparison: Any, models: list[Any], split: str) -> None:
+def measure_all(comparison: Any, models: list[Any], split: str, measure: Measure) -> None:
     """Measure the inference of the given models, in turn for several rounds.
 
     Rounds that an earlier attempt has measured are skipped. A failure is recorded as a
@@ -64,12 +88,11 @@ def measure_all(comparison: Any, models: list[Any], split: str) -> None:
     stop.
 
     Args:
-        comparison: The driver, with an open Ray.
+        comparison: The driver.
         models: One model of each arm.
         split: Split with the held-out rows.
     """
-    spec, resources = comparison.job.compare.inference, comparison.job.resources
-    task = _build_task(comparison)
+    spec = comparison.job.compare.inference
     failed: set[str] = set()
     for number in range(spec.rounds):
         for model in models:
@@ -92,12 +115,10 @@ def measure_all(comparison: Any, models: list[Any], split: str) -> None:
             }
             try:
                 # One at a time: models that run side by side would slow each other down.
-                measurements = ray.get(
-                    task.remote(request, str(Path(comparison.run.path)), resources.cpus_per_worker)
-                )
-            except ray.exceptions.RayError as error:
+                measurements = measure(request, comparison.job.resources.cpus_per_worker)
+            except RuntimeError as error:
                 failed.add(model.arm)
-                sentence = f"its inference was not measured: {extract_error_line(error)}"
+                sentence = f"its inference was not measured: {error}"
                 comparison.run.add_event(WarningEvent(trial_id=model.arm, sentence=sentence))
                 continue
             files.append_jsonl(results_file, {"round": number, **measurements})

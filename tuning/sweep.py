@@ -6,10 +6,13 @@ not ended. Tune's snapshots are not used.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from lorafleet.cluster.execution.supervisor import Restart
 from lorafleet.evaluation.render.write import write_report
 from lorafleet.jobs import files
 from lorafleet.jobs.data.rows import forget_rows
@@ -33,7 +36,11 @@ from lorafleet.tuning.tuner import record_leaked_groups, run_tuner
 
 if TYPE_CHECKING:
     from lorafleet.evaluation.tokens import TokenData
+    from lorafleet.tuning.base_cache import BaseCache
     from lorafleet.tuning.ledger import Ledger
+    from lorafleet.tuning.recorder import Recorder
+    from lorafleet.tuning.trial_host import TrialHost
+    from lorafleet.tuning.trial_queue import TrialQueue
 
 
 class Sweep(TrainingDriver):
@@ -44,13 +51,38 @@ class Sweep(TrainingDriver):
     the arms of a comparison.
     """
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, run: Run, restart: Restart | None = None) -> None:
+        super().__init__(run, restart)
         self.searching = self.plan.command == "sweep"
         self.share = self.plan.share
         self.judges = self.plan.judges and not self.share
 
     def _run_attempt(self, attempt: int) -> ExitCode:
+        if self.trains_in_process:
+            self._run_in_process()
+        else:
+            self._run_with_ray(attempt)
+        # Raised only here, after Ray has stopped: the trials have saved what they could.
+        if self.disk_full:
+            raise DiskFull(self.disk_full)
+        return self._finish()
+
+    def _run_in_process(self) -> None:
+        """Train and evaluate in this process."""
+        self._record_phase("reading data")
+        self._prepare_process()
+        data = self._read_data()
+        # Imported here: it imports torch and transformers, which takes seconds.
+        from lorafleet.tuning.trial_host import TrialHost
+
+        host = TrialHost(self._build_work(data))
+        if not self.stop_file.exists():
+            self._search_in_process(host, data)
+        if not self.stop_file.exists() and self.judges:
+            self._evaluate_held_out(data, host.bases)
+
+    def _run_with_ray(self, attempt: int) -> None:
+        """Train and evaluate in processes of Ray."""
         self._record_phase("reading data, starting workers")
         with ThreadPoolExecutor(1) as pool:
             # It imports torch and tokenises, while Ray mostly waits for its processes to start.
@@ -63,13 +95,9 @@ class Sweep(TrainingDriver):
                 if not ray_session.started_by_driver:
                     check_nodes(self.run.path, data.folder, self.job)
                 if not self.stop_file.exists():
-                    self._run_search(attempt, data)
+                    self._search_with_ray(attempt, data)
                 if not self.stop_file.exists() and self.judges:
                     self._evaluate_held_out(data)
-        # Raised only here, after Ray has stopped: the trials have saved what they could.
-        if self.disk_full:
-            raise DiskFull(self.disk_full)
-        return self._finish()
 
     def _read_data(self) -> Any:
         """Return the rows as tokens, and write their metadata to facts.json.
@@ -110,14 +138,50 @@ class Sweep(TrainingDriver):
                 "their digests): restore the old ones, or start a new sweep"
             )
 
-    def _run_search(self, attempt: int, data: Any) -> None:
-        """Run the trials that are left through Ray Tune."""
-        from lorafleet.tuning.ledger import Ledger
-        from lorafleet.tuning.scheduler import RungScheduler
-        from lorafleet.tuning.searcher import ProposalSearcher, report_outcome
-        from lorafleet.tuning.tracking import open_trackers
+    def _search_in_process(self, host: TrialHost, data: TokenData) -> None:
+        """Run the trials that are left in this process."""
+        from lorafleet.tuning.in_process import run_trials
 
-        ledger = Ledger(self.run, self.job, self.searching)
+        with self._open_search(data, max_open=1) as (queue, recorder):
+            run_trials(host, queue, recorder)
+
+    def _search_with_ray(self, attempt: int, data: TokenData) -> None:
+        """Run the trials that are left through Ray Tune."""
+        from lorafleet.tuning.scheduler import RungScheduler
+        from lorafleet.tuning.searcher import ProposalSearcher
+
+        is_distributed = self.placement.is_distributed
+        with self._open_search(data, self._compute_max_open()) as (queue, recorder):
+            run_tuner(
+                self.run,
+                attempt,
+                self._build_trainable(data),
+                ProposalSearcher(queue),
+                RungScheduler(recorder, ends_itself=is_distributed),
+                self.stop_file,
+                reuse_actors=not is_distributed,
+            )
+            if is_distributed:
+                record_leaked_groups(self.run)
+
+    @contextlib.contextmanager
+    def _open_search(self, data: TokenData, max_open: int) -> Iterator[tuple[TrialQueue, Recorder]]:
+        """Yield the trials that are left, and the recorder of their reports.
+
+        On exit, trials that the search has left without a state get one.
+
+        Args:
+            max_open: Maximum number of trials that are handed out and have not ended.
+        """
+        from lorafleet.tuning.ledger import Ledger
+        from lorafleet.tuning.recorder import Recorder, record_lost_driver
+        from lorafleet.tuning.tracking import open_trackers
+        from lorafleet.tuning.trial_queue import TrialQueue, report_outcome
+
+        ledger, budget = Ledger(self.run, self.job, self.searching), self._build_budget()
+        recorder = Recorder(ledger, budget.describe_spent, self._handle_full_disk)
+        if self.restart is not None:
+            record_lost_driver(recorder, self.restart.failure)
         ledger.apply_due_decisions()
         assignments = list_planned_assignments(self._searched_job, self._compute_trial_id)
         first_index = 0
@@ -130,47 +194,32 @@ class Sweep(TrainingDriver):
                 report_outcome(proposals, ledger, trial)
         total = self._count_trials(assignments)
         self.run.add_event(SearchEvent(trials=total))
-        budget = self._build_budget()
         machines = MachineWatch(self.run, self.placement)
         # The due decisions of an earlier attempt are made, so no trial may be left.
-        searcher = ProposalSearcher(
+        queue = TrialQueue(
             ledger,
             proposals,
             total,
-            self._compute_max_open(),
+            max_open,
             lambda assignment, index: self._create_trial(assignment, first_index + index, data),
             lambda: self._should_stop(budget, machines),
-        )
-        is_distributed = self.placement.is_distributed
-        scheduler = RungScheduler(
-            ledger, budget.describe_spent, self._handle_full_disk, ends_itself=is_distributed
         )
         self._record_phase("training")
         with open_trackers(self.run, self.job) as listeners:
             ledger.listeners += listeners
-            run_tuner(
-                self.run,
-                attempt,
-                self._build_trainable(data),
-                searcher,
-                scheduler,
-                self.stop_file,
-                reuse_actors=not is_distributed,
-            )
-        if is_distributed:
-            record_leaked_groups(self.run)
+            yield queue, recorder
         self._settle_unfinished(ledger, budget.describe_spent())
 
     def _settle_unfinished(self, ledger: Ledger, spent_budget: str | None) -> None:
         """Record the state of the trials that the search left without one.
 
-        Raises RuntimeError if Ray Tune has ended although trials were left.
+        Raises RuntimeError if the search has ended although trials were left.
         """
         is_stopping = self.stop_file.exists()
         unfinished = [trial for trial in self.run.list_trials() if not trial.state.has_ended]
         if unfinished and not is_stopping and not spent_budget:
             raise RuntimeError(
-                f"Ray Tune ended before {len(unfinished)} trials had finished: "
+                f"the search ended before {len(unfinished)} trials had finished: "
                 f"{', '.join(trial.id for trial in unfinished)}"
             )
         # Tune's stopper ends the search without a last report of the trials that still run.
@@ -297,14 +346,30 @@ class Sweep(TrainingDriver):
         resources = tune.PlacementGroupFactory([bundle], **labels)
         return tune.with_resources(tune.with_parameters(WarmTrial, work=work), resources)
 
-    def _evaluate_held_out(self, data: TokenData) -> None:
-        """Evaluate the base and the finalists on the held-out rows."""
+    def _evaluate_held_out(self, data: TokenData, bases: BaseCache | None = None) -> None:
+        """Evaluate the base and the finalists on the held-out rows.
+
+        Args:
+            bases: The base of this process. None: models are evaluated in processes of Ray.
+        """
         # Imported here: it imports torch, which the thread that reads the data does meanwhile.
-        from lorafleet.tuning.finalists import evaluate_finalists
+        from lorafleet.tuning.finalists import record_unevaluated, select_evaluations
 
         self._record_phase("evaluating on held-out rows")
         self.run.check_current()
-        evaluate_finalists(self.run, self.job, self._build_work(data), data, self.placement.slots)
+        work = self._build_work(data)
+        evaluations = select_evaluations(self.run, self.job, work, data)
+        if bases is None:
+            from lorafleet.tuning.evaluation_pool import evaluate_in_pool
+
+            failed = evaluate_in_pool(work, evaluations, self.placement.slots)
+        else:
+            from lorafleet.tuning.in_process import evaluate_in_process
+
+            failed = evaluate_in_process(
+                work, bases, evaluations, is_restart=self.restart is not None
+            )
+        record_unevaluated(self.run, failed)
 
     def _build_budget(self) -> Budget:
         """Return the budget of the search; a single training has none."""

@@ -22,6 +22,7 @@ from lorafleet.cluster.execution.allocation import (
     make_attempt_record,
     record_restart,
 )
+from lorafleet.cluster.execution.supervisor import RESTART_STATUS, Restart, RestartNeeded
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import DiskFull, ExitCode, LorafleetError, RunError, make_disk_full_error
 from lorafleet.jobs.runs.bundle import SUBMISSION
@@ -45,12 +46,15 @@ class Driver(ABC):
 
     Args:
         run: The run's folder, with plan.json.
+        restart: Why the supervisor of this process has started it again; None for the first
+            driver of a command.
 
     Raises:
         RunError: The folder has no plan.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, restart: Restart | None = None) -> None:
+        self.restart = restart
         self.plan = run.read_plan()
         if self.plan.is_empty:
             raise RunError(
@@ -90,13 +94,13 @@ class Driver(ABC):
         """Return the path of the stop file, which asks every process of the run to save and end."""
         return self.run.path / "stop"
 
-    def execute(self) -> ExitCode:
+    def execute(self) -> int:
         """Do what is left of the run, and record how it ended.
 
         Changes the environment of this process for good.
 
         Returns:
-            The exit code of the process.
+            The exit code of the process. RESTART_STATUS asks the supervisor for another one.
 
         Raises:
             HasDriver: Another driver has the run.
@@ -124,7 +128,7 @@ class Driver(ABC):
         finally:
             lease.release()
 
-    def _execute_with_lease(self, attempt: int) -> ExitCode:
+    def _execute_with_lease(self, attempt: int) -> int:
         if self.stop_file.is_file() and not self.stop_file.read_text():
             # Empty: from a signal, which has been handled; a user's request stays until `resume`.
             self.stop_file.unlink()
@@ -141,6 +145,10 @@ class Driver(ABC):
             # Another attempt has the run: not even its state may be changed.
             except StaleAttempt:
                 raise
+            # The state stays `running`: the next process continues at once.
+            except RestartNeeded as error:
+                log(f"this process is replaced: {error}")
+                return RESTART_STATUS
             except LorafleetError as error:
                 if isinstance(error, DiskFull):  # the failed step has reported it already
                     self.run.release_reserve()

@@ -114,6 +114,16 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     psutil.wait_procs(victims, timeout=30)  # a signal that was sent is not a process that is gone
 
 
+PAIR = """
+search:
+  method: grid
+  max_concurrent_trials: 2
+  scheduler: {type: none, max_t: 160000}
+  parameters: {train.learning_rate: {values: [1e-3, 3e-3]}}
+"""
+"""Two trials at once: the driver starts a Ray. One trial at a time is trained by the driver itself."""
+
+
 FAULTS = Path(__file__).parent / "faults"
 
 

@@ -20,6 +20,7 @@ from lorafleet.jobs.runs.events import RetryEvent
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import JobMaker, lorafleet
 from tests.processes.conftest import (
+    PAIR,
     accuracy_of,
     base_loads,
     begin,
@@ -69,7 +70,7 @@ def undisturbed() -> dict[str, dict[float, list[float]]]:
         ),  # given back: the actor, and its base, are used on
         ("oom_that_stays", 2, {"oom": 1}),
         pytest.param("device", 2, {"worker_lost": 1}, marks=pytest.mark.long),
-        pytest.param("die", 2, {"worker_lost": 1}, marks=pytest.mark.long),
+        ("crash", 2, {"worker_lost": 1}),
     ],
 )
 def test_a_fault_costs_its_trial_a_restart_and_the_next_trials_nothing(
@@ -243,7 +244,7 @@ def test_a_signal_saves_within_seconds_wherever_it_comes(
 @pytest.mark.parametrize(
     ("fault", "at", "flag"),
     [
-        pytest.param("die", "lorafleet.tuning.held_out:EvalWorker._evaluate_split", "", id="once"),
+        pytest.param("crash", "lorafleet.tuning.held_out:Evaluator._evaluate_split", "", id="once"),
         pytest.param(
             "oom",
             "lorafleet.tuning.held_out:load_weights",
@@ -283,7 +284,7 @@ def test_nothing_is_left_behind(bert_job: JobMaker, place: Path) -> None:
     assert done.returncode == ExitCode.OK, done.stderr
     assert not left_behind() - before
     done = lorafleet("sweep", save(loaded, place), *loaded.overrides, "retries.worker_lost=0", cwd=place,
-                     **planted(place, STEP, "die"))  # fmt: skip
+                     **planted(place, STEP, "crash"))  # fmt: skip
     assert done.returncode == ExitCode.SOME_TRIALS_FAILED, done.stdout
     assert not left_behind() - before
     process = begin(
@@ -302,7 +303,7 @@ def test_what_a_killed_driver_left_goes_with_the_next_start(
     bert_job: JobMaker, place: Path
 ) -> None:
     before = left_behind()
-    process = begin(bert_job(train__max_steps=100_000), place, command="train")
+    process = begin(bert_job(PAIR), place)
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     wait_for(
         lambda: any(trial.read_progress().step > 3 for trial in newest(place).list_trials()),

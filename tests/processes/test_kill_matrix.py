@@ -4,6 +4,7 @@ disturbed.
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def undisturbed() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("who", ["worker", "driver", "node"])
+@pytest.mark.parametrize("who", ["worker", "driver", "node", "trainer"])
 def test_who_is_killed_when(
     bert_job: JobMaker,
     place: Path,
@@ -65,8 +66,10 @@ def test_who_is_killed_when(
     who: str,
     phase: str,
 ) -> None:
+    """`worker` is a process of Ray; `trainer` is a driver that trains itself, and crashes."""
     over = {"resources__num_nodes": 2} if who == "node" else {}
-    machines: Machines | None = request.getfixturevalue("machines") if who == "node" else None
+    uses_ray = who in ("node", "worker")
+    machines: Machines | None = request.getfixturevalue("machines") if uses_ray else None
     cluster = machines.environment if machines else {}
     loaded = bert_job(**LONG, **over)
     if not undisturbed.get(str(over)):
@@ -83,11 +86,14 @@ def test_who_is_killed_when(
         done = lorafleet("resume", newest(place).id, cwd=place)
         assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     else:
-        if machines:
+        if who == "node":
+            assert machines is not None
             machines.kill(wait_for(lambda: machines.used(newest(place))))
+        elif who == "worker":
+            name = "ResourceTrainable"
+            next(one for one in psutil.process_iter(["name"]) if name in one.info["name"]).kill()
         else:
-            tree = psutil.Process(process.pid).children(recursive=True)
-            next(child for child in tree if "ResourceTrainable" in child.name()).kill()
+            psutil.Process(newest(place).read_status().pid).send_signal(signal.SIGSEGV)
         shown, _ = process.communicate(timeout=400)
         assert process.returncode == ExitCode.OK, (
             shown + (newest(place).path / "logs" / "driver.log").read_text()

@@ -22,10 +22,9 @@ import pytest
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.stale_folders import remove_orphans
 from tests.conftest import JobMaker
-from tests.processes.conftest import begin, interrupt, newest, wait_for
+from tests.processes.conftest import PAIR, begin, interrupt, newest, wait_for
 
 NOBODY = 65534
-LONG = {"train__max_steps": 20_000}
 
 
 def scratch_of(process: Any) -> Path | None:
@@ -61,9 +60,7 @@ def test_another_user_cannot_join_the_ray_of_a_run(
     """
     home = tmp_path / "home"
     home.mkdir()
-    process = begin(
-        bert_job(**LONG), place, command="train", HOME=str(home), HF_HOME=str(home / "hf")
-    )
+    process = begin(bert_job(PAIR), place, HOME=str(home), HF_HOME=str(home / "hf"))
     try:
         scratch = wait_for(lambda: scratch_of(process))
         wait_for(
@@ -234,7 +231,7 @@ def test_what_a_killed_run_left_goes_with_the_next_command(bert_job: JobMaker, p
     """Its private folder, its token, and the processes that lived from it."""
     from tests.conftest import lorafleet
 
-    process = begin(bert_job(**LONG), place, command="train")
+    process = begin(bert_job(PAIR), place)
     scratch = wait_for(lambda: scratch_of(process))
     wait_for(
         lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress().step
@@ -257,7 +254,7 @@ def test_a_ray_that_dies_is_a_sentence(bert_job: JobMaker, place: Path, victim: 
     """The run says what goes on with it, and `resume` finishes it."""
     from tests.conftest import lorafleet
 
-    process = begin(bert_job(train__max_steps=3000), place, command="train")
+    process = begin(bert_job(PAIR.replace("160000", "24000")), place)
     wait_for(lambda: scratch_of(process))
     wait_for(
         lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress().step

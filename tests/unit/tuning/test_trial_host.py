@@ -1,9 +1,8 @@
-"""What the warm actor does between its trials, without Ray."""
+"""What a host does between its trials."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,14 @@ import torch
 
 from lorafleet.jobs.runs.run import Run
 from lorafleet.training.data import prepare_tokens
-from lorafleet.tuning.trainable import WarmTrial
-from lorafleet.tuning.trial_report import TrialReport
+from lorafleet.tuning.trial_host import TrialHost
 from lorafleet.tuning.trial_run import Work
 from tests.conftest import JobMaker
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.chdir(tmp_path)  # an actor changes into its run's folder
+    monkeypatch.chdir(tmp_path)  # a host changes into its run's folder
     return tmp_path
 
 
@@ -39,19 +37,20 @@ def test_an_actor_that_is_being_set_up_does_not_touch_its_trial(
     work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
     config = {"trial_id": trial.id, "assignment": {}}
     try:
-        slow, warm = WarmTrial.__new__(WarmTrial), WarmTrial.__new__(WarmTrial)
-        slow.setup(config, work)
-        assert slow.base_loads == 1
+        slow = TrialHost(work)
+        slow.set_up(config)
+        assert slow.bases.loads == 1
         assert _files(trial.path) == before
-        warm.setup(config, work)
-        report = TrialReport.from_result(warm.step())
+        warm = TrialHost(work)
+        warm.set_up(config)
+        report = warm.step()
     finally:
         torch.set_num_threads(threads)
-    assert report is not None
     assert "the newest checkpoint is damaged" in str(report.warning)
+    assert report.worker is not None
     assert report.worker.base_loads == 1
-    warm.cleanup()
-    slow.cleanup()
+    warm.close()
+    slow.close()
 
 
 def test_a_base_that_cannot_be_loaded_is_the_result_of_the_first_step(
@@ -66,25 +65,21 @@ def test_a_base_that_cannot_be_loaded_is_the_result_of_the_first_step(
     )
     threads = torch.get_num_threads()
     try:
-        actor = WarmTrial.__new__(WarmTrial)
         before = _files(trial.path)
-        actor.setup({"trial_id": trial.id, "assignment": {}}, dataclasses.replace(work, job=gone))
-        assert _files(trial.path) == before
-        failure = json.loads(actor.step()["report"])["failure"]
-        for steps in (1, 0):  # the actor lives on, and the next trial has a base that is there
-            actor.setup(
-                {"trial_id": trial.id, "assignment": {}}, dataclasses.replace(work, job=gone)
-            )
-            assert [json.loads(actor.step()["report"]).get("failure") for _ in range(steps)] == [
-                failure
-            ] * steps
-            actor.work = work
-            actor.reset_config({"trial_id": trial.id, "assignment": {}})
-            assert "row" in json.loads(actor.step()["report"])
-            actor.cleanup()
+        config = {"trial_id": trial.id, "assignment": {}}
+        for steps in (1, 0):  # the host lives on, and the next trial has a base that is there
+            host = TrialHost(dataclasses.replace(work, job=gone))
+            host.set_up(config)
+            assert _files(trial.path) == before
+            failures = [host.step().failure for _ in range(steps)]
+            assert all(failure and "gone" in failure.sentence for failure in failures)
+            host.work = work
+            host.set_trial(config)
+            assert host.step().row is not None
+            host.close()
+            before = _files(trial.path)
     finally:
         torch.set_num_threads(threads)
-    assert "gone" in failure["sentence"]
 
 
 def _files(folder: Path) -> dict[Path, bytes]:

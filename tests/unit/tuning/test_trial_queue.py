@@ -1,0 +1,91 @@
+"""The order in which trials are handed out, over attempts and restarts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorafleet.jobs.runs.run import Run, Trial, TrialState
+from lorafleet.jobs.schema.types import Assignment
+from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.proposals import ListProposals
+from lorafleet.tuning.trial_queue import NoTrial, TrialQueue
+from tests.conftest import JobMaker
+
+RATES: list[Assignment] = [{"train.learning_rate": rate} for rate in (1e-3, 2e-3, 3e-3)]
+
+
+class Search:
+    """A queue of three trials over a run in a folder."""
+
+    def __init__(self, job_maker: JobMaker, folder: Path, max_open: int = 2) -> None:
+        self.run = Run(folder / "run")
+        self.run.path.mkdir(exist_ok=True)
+        self.stopping = False
+        ledger = Ledger(self.run, job_maker().job, searching=False)
+        self.queue = TrialQueue(
+            ledger, ListProposals(RATES), 3, max_open, self.create, lambda: self.stopping
+        )
+
+    def create(self, assignment: Assignment, index: int) -> Trial:
+        rate = assignment["train.learning_rate"]
+        return self.run.add_trial(f"trial-{rate}", index, assignment)
+
+    def take(self) -> Trial:
+        trial = self.queue.take()
+        assert isinstance(trial, Trial)
+        return trial
+
+
+def end(trial: Trial) -> Trial:
+    trial.set_state(TrialState.FINISHED)
+    return trial
+
+
+def test_at_most_max_open_are_handed_out(bert_job: JobMaker, tmp_path: Path) -> None:
+    search = Search(bert_job, tmp_path)
+    first, second = search.take(), search.take()
+    assert (first.id, second.id) == ("trial-0.001", "trial-0.002")
+    assert search.queue.take() is NoTrial.WAIT
+    search.queue.complete(end(first))
+    assert search.take().id == "trial-0.003"
+    search.queue.complete(end(second))
+    # The third one may still be restarted.
+    assert search.queue.take() is NoTrial.WAIT
+
+
+def test_a_trial_that_waits_for_a_restart_is_handed_out_again(
+    bert_job: JobMaker, tmp_path: Path
+) -> None:
+    search = Search(bert_job, tmp_path, max_open=1)
+    first = search.take()
+    first.set_state(TrialState.PENDING)
+    search.queue.complete(first)
+    assert search.take().id == first.id
+    search.queue.complete(end(first))
+    for _ in range(2):
+        search.queue.complete(end(search.take()))
+    assert search.queue.take() is NoTrial.END
+
+
+def test_unfinished_trials_of_an_earlier_attempt_come_first(
+    bert_job: JobMaker, tmp_path: Path
+) -> None:
+    earlier = Search(bert_job, tmp_path)
+    end(earlier.take())
+    earlier.take().set_state(TrialState.PENDING)
+    search = Search(bert_job, tmp_path, max_open=3)
+    assert [search.take().id for _ in range(2)] == ["trial-0.002", "trial-0.003"]
+    assert search.queue.take() is NoTrial.WAIT
+
+
+@pytest.mark.parametrize("open_trials", [0, 1])
+def test_a_search_that_stops_hands_out_nothing(
+    bert_job: JobMaker, tmp_path: Path, open_trials: int
+) -> None:
+    search = Search(bert_job, tmp_path)
+    for _ in range(open_trials):
+        search.take()
+    search.stopping = True
+    assert search.queue.take() is NoTrial.END

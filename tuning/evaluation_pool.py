@@ -1,0 +1,122 @@
+"""Evaluate models in Ray actors of their own, several at once."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from lorafleet.jobs.errors import make_disk_full_error
+from lorafleet.tuning.base_cache import BaseCache
+from lorafleet.tuning.held_out import MAX_TRIES, Evaluator, HeldOutEvaluation
+from lorafleet.tuning.node_check import extract_error_line
+from lorafleet.tuning.trial_run import Work
+
+_PLACEMENT_SECONDS = 900.0
+"""Seconds that a worker may wait to be placed on a node."""
+
+
+class EvalWorker:
+    """Ray actor around an `Evaluator`.
+
+    `evaluate_in_pool` starts as many as there are slots, and replaces one whose process died.
+    """
+
+    def __init__(self, work: Work) -> None:
+        os.chdir(work.run)
+        torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
+        self.evaluator = Evaluator(work, BaseCache(work.gpus))
+
+    def is_ready(self) -> bool:
+        """Return True once the actor is running.
+
+        A call of it returns when Ray has placed the actor on a node.
+        """
+        return True
+
+    def evaluate(self, evaluation: HeldOutEvaluation, attempt: int) -> bool:
+        """Evaluate a model (see `Evaluator.evaluate`)."""
+        return self.evaluator.evaluate(evaluation, attempt)
+
+
+def evaluate_in_pool(
+    work: Work, evaluations: list[HeldOutEvaluation], slots: int
+) -> dict[str, str]:
+    """Evaluate models, up to `slots` of them at once.
+
+    A failure costs only that model's numbers. A worker whose process dies is replaced, and
+    its evaluation is tried once more. An exception in a living worker is not retried: it
+    would occur again.
+
+    Args:
+        evaluations: Models that have no results yet.
+        slots: Maximum number of workers.
+
+    Returns:
+        Model name -> reason, for each model that could not be evaluated.
+
+    Raises:
+        DiskFull: A worker could not write its results.
+    """
+    failed: dict[str, str] = {}
+    waiting, tries = list(evaluations), Counter[str]()
+    free = [_start_worker(work) for _ in range(min(slots, len(evaluations)))]
+    running: dict[Any, tuple[HeldOutEvaluation, Any]] = {}
+    while waiting or running:
+        while waiting and free:
+            worker, evaluation = free.pop(), waiting.pop(0)
+            try:
+                # Placement may fail for good, for example after nodes were lost; `evaluate` itself
+                # has no time limit.
+                ray.get(worker.is_ready.remote(), timeout=_PLACEMENT_SECONDS)
+            except ray.exceptions.RayError as error:
+                failed[evaluation.name] = (
+                    f"no worker process could be started: {extract_error_line(error)}"
+                )
+                continue
+            tries[evaluation.name] += 1
+            running[worker.evaluate.remote(evaluation, tries[evaluation.name])] = (
+                evaluation,
+                worker,
+            )
+        if not running:
+            return failed | dict.fromkeys(
+                (evaluation.name for evaluation in waiting), "no worker process could be started"
+            )
+        (done, *_), _ = ray.wait(
+            list(running)
+        )  # every call returns: a hanging worker is ended by its watchdog
+        evaluation, worker = running.pop(done)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            full = make_disk_full_error(error, Path(work.run))
+            if full:
+                raise full from error
+            # Whatever failed, the next model gets a process that nothing has happened to.
+            ray.kill(worker)
+            worker = _start_worker(work)
+            if (
+                isinstance(error, ray.exceptions.RayActorError)
+                and tries[evaluation.name] < MAX_TRIES
+            ):
+                waiting.append(evaluation)
+            else:
+                failed[evaluation.name] = extract_error_line(error)
+        free.append(worker)
+    return failed
+
+
+def _start_worker(work: Work) -> Any:
+    """Start an evaluation worker with the resources of a trial's process."""
+    resources = work.job.resources
+    actor = ray.remote(EvalWorker).options(
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=work.gpus,
+        label_selector=resources.label_selector,
+    )
+    return actor.remote(work)

@@ -1,0 +1,114 @@
+"""Search and evaluate in the driver's own process, where one trial at a time fits.
+
+No Ray is started. A process that cannot be trusted any more ends with `RestartNeeded`, and
+the supervisor (`cluster/execution/supervisor.py`) starts the driver again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorafleet.cluster.execution.supervisor import RestartNeeded
+from lorafleet.jobs.errors import make_disk_full_error
+from lorafleet.jobs.runs.run import Trial
+from lorafleet.training.meter import free_unused_memory
+from lorafleet.training.model import resolve_device
+from lorafleet.tuning.base_cache import BaseCache
+from lorafleet.tuning.failures import WorkerUnusable, is_device_error
+from lorafleet.tuning.held_out import MAX_TRIES, Evaluator, HeldOutEvaluation
+from lorafleet.tuning.recorder import Recorder
+from lorafleet.tuning.trial_host import TrialHost
+from lorafleet.tuning.trial_queue import NoTrial, TrialQueue
+from lorafleet.tuning.trial_run import Work
+
+
+def run_trials(host: TrialHost, queue: TrialQueue, recorder: Recorder) -> None:
+    """Train the trials of a queue, one after another.
+
+    Args:
+        host: A host that has no trial yet.
+        queue: At most one of its trials is open at a time.
+        recorder: Receives every report.
+
+    Raises:
+        RestartNeeded: This process must not take another trial.
+    """
+    is_first = True
+    while not isinstance(trial := queue.take(), NoTrial):
+        # Recorded before anything can fail: if this process dies, the next one knows whose fault
+        # it was.
+        recorder.ledger.start_trial(trial)
+        config = {"trial_id": trial.id, "assignment": trial.read_params().assignment}
+        if is_first:
+            host.set_up(config)
+        else:
+            host.set_trial(config)
+        is_first = False
+        _run_trial(host, trial, recorder)
+        queue.complete(trial)
+        queue.should_stop()  # records the time spent
+    host.close()
+
+
+def _run_trial(host: TrialHost, trial: Trial, recorder: Recorder) -> None:
+    """Train a trial until it ends, or until its report says that it continues later."""
+    continues = True
+    while continues:
+        try:
+            report = host.step()
+        except WorkerUnusable as error:
+            recorder.record_crash(trial, error.failure)
+            raise RestartNeeded(error.failure.sentence) from error
+        continues = recorder.record(trial, report)
+
+
+def evaluate_in_process(
+    work: Work, bases: BaseCache, evaluations: list[HeldOutEvaluation], *, is_restart: bool
+) -> dict[str, str]:
+    """Evaluate models, one after another.
+
+    A failure costs only that model's numbers. A model during whose evaluation `MAX_TRIES`
+    processes have died is not tried again.
+
+    Args:
+        is_restart: True if the supervisor started this process after another one had died.
+
+    Returns:
+        Model name -> reason, for each model that could not be evaluated.
+
+    Raises:
+        DiskFull: The results could not be written.
+        RestartNeeded: This process must not evaluate another model.
+    """
+    evaluator, failed = Evaluator(work, bases), {}
+    for evaluation in evaluations:
+        if work.is_stop_requested():
+            break
+        if not is_restart:
+            evaluation.forget_lost_processes()
+        lost = evaluation.count_lost_processes()
+        if lost >= MAX_TRIES:
+            failed[evaluation.name] = f"its process died or hung {lost} times"
+            continue
+        try:
+            evaluator.evaluate(evaluation, lost + 1)
+        # The boundary of a model: any error costs its numbers, and the others are evaluated.
+        except Exception as error:
+            disk_full_error = make_disk_full_error(error, Path(work.run))
+            if disk_full_error:
+                raise disk_full_error from error
+            if is_device_error(error):
+                evaluation.get_stacks_path(lost + 1).write_text(_describe(error))
+                raise RestartNeeded(_describe(error)) from error
+            failed[evaluation.name] = _describe(error)
+            error.__traceback__ = None  # its frames hold the tensors that did not fit
+            # Whatever failed, the next model gets a base that nothing has happened to.
+            bases.drop()
+            free_unused_memory(resolve_device(work.gpus))
+    return failed
+
+
+def _describe(error: Exception) -> str:
+    """Return an exception's type and the first line of its message."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}".removesuffix(": ")

@@ -1,0 +1,89 @@
+"""Record the reports of trials, and tell their host whether the trial continues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lorafleet.jobs.runs.records import FailureRecord
+from lorafleet.jobs.runs.run import Trial, TrialState
+from lorafleet.tuning.failures import DISK_FULL, classify_hang
+from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.trial_report import TrialReport
+
+
+class Recorder:
+    """Writes what trials report to the ledger. Every host of trials reports to one.
+
+    Args:
+        describe_spent_budget: Returns which budget is spent, as text, or None.
+        handle_full_disk: Called with a message if a trial could not write.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        describe_spent_budget: Callable[[], str | None],
+        handle_full_disk: Callable[[str], None],
+    ) -> None:
+        self.ledger = ledger
+        self.describe_spent_budget = describe_spent_budget
+        self.handle_full_disk = handle_full_disk
+
+    def record(self, trial: Trial, report: TrialReport) -> bool:
+        """Record a report, end the trial if necessary, and return whether it continues.
+
+        A failure comes first, because such a report has no row. A trial that was stopped at a
+        rung is ended even if the run is asked to stop: the decision is final.
+        """
+        ledger = self.ledger
+        if trial.state.has_ended:
+            return False
+        if report.disk_full is not None:
+            self.handle_full_disk(report.disk_full)
+            return False
+        worker = report.worker
+        if worker is not None:
+            ledger.record_base_load(worker.name, worker.base_loads, worker.seconds)
+        if report.warning:
+            ledger.warn(trial, report.warning)
+        if report.failure is not None:
+            ledger.record_failure(trial, report.failure)
+            return False
+        if trial.state is not TrialState.RUNNING:
+            ledger.start_trial(trial)
+        promoted = ledger.report(trial, report.row) if report.row is not None else True
+        if report.stopping and promoted and not report.done:
+            trial.set_state(TrialState.PENDING, reason="interrupted")
+            return False
+        # After the row is recorded: what the trial has reached counts, whatever the budget says.
+        spent_budget = self.describe_spent_budget()
+        if report.done:
+            # `done` comes before the rung's decision: nothing is left to stop.
+            ledger.end_trial(trial, TrialState.FINISHED)
+        elif not promoted:
+            ledger.end_trial(trial, TrialState.STOPPED, reason=ledger.describe_stop(trial))
+        elif spent_budget:
+            ledger.end_trial(trial, TrialState.STOPPED, reason=spent_budget)
+        else:
+            return True
+        return False
+
+    def record_crash(self, trial: Trial, failure: FailureRecord) -> None:
+        """Record that the process of a trial died: the trial is restarted, or given up."""
+        if failure.failure_class == DISK_FULL:
+            self.handle_full_disk(failure.sentence)
+        else:
+            self.ledger.record_failure(trial, failure)
+
+
+def record_lost_driver(recorder: Recorder, failure: FailureRecord | None) -> None:
+    """Record the failure of the trial that the previous driver trained when it died.
+
+    Args:
+        failure: What ended the driver, as its supervisor saw it. None: the driver recorded it.
+    """
+    for trial in recorder.ledger.run.list_trials():
+        if trial.state is TrialState.RUNNING:
+            crash = classify_hang(trial) or failure
+            if crash is not None:
+                recorder.record_crash(trial, crash)

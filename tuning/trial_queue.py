@@ -1,0 +1,105 @@
+"""Hand out the trials of a search: unfinished ones of an earlier attempt first, then new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+from lorafleet.jobs.runs.run import Run, Trial
+from lorafleet.jobs.schema.types import Assignment
+from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.proposals import Proposals
+
+
+class NoTrial(Enum):
+    """Reason why no trial is handed out."""
+
+    WAIT = "wait"
+    """A trial may follow when another one has ended."""
+    END = "end"
+    """No trial will follow in this attempt."""
+
+
+class TrialQueue:
+    """Trials that are left to run.
+
+    Whoever takes a trial hands it back with `complete`, when its state is recorded.
+
+    Args:
+        total: Number of trials of the whole run, over all attempts.
+        max_open: Maximum number of trials that are handed out and have not ended.
+        create: Creates the trial of an assignment; the second argument is its index.
+        should_stop: Returns whether no further trial may start. It is called very often.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        proposals: Proposals,
+        total: int,
+        max_open: int,
+        create: Callable[[Assignment, int], Trial],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.ledger, self.proposals = ledger, proposals
+        self.total, self.max_open = total, max_open
+        self.create, self.should_stop = create, should_stop
+        self.unfinished = [trial for trial in self.run.list_trials() if not trial.state.has_ended]
+        self.earlier_ids = {trial.id for trial in self.run.list_trials()}
+        # Trials of earlier attempts count towards the total.
+        self.created = len(self.earlier_ids)
+        self.open_trials = 0
+
+    @property
+    def run(self) -> Run:
+        """Run that the trials belong to."""
+        return self.ledger.run
+
+    def take(self) -> Trial | NoTrial:
+        """Return the next trial to run, or why there is none."""
+        if self.should_stop():
+            return NoTrial.END
+        if self.open_trials >= self.max_open:
+            return NoTrial.WAIT
+        trial = self._find_next()
+        if trial is None:
+            # An open trial may be restarted later, and END is final.
+            return NoTrial.WAIT if self.open_trials else NoTrial.END
+        self.open_trials += 1
+        return trial
+
+    def _find_next(self) -> Trial | None:
+        """Return the next trial, unfinished ones first; None if there is none now."""
+        if self.unfinished:
+            return self.unfinished.pop(0)
+        while self.created < self.total:
+            assignment = self.proposals.next()
+            if assignment is None:
+                return None
+            trial = self.create(assignment, self.created)
+            if trial.id in self.earlier_ids:
+                continue  # an earlier attempt of this run created this trial
+            self.created += 1
+            return trial
+        return None
+
+    def complete(self, trial: Trial) -> None:
+        """Report the outcome to the proposals; a trial that waits for a restart is queued again."""
+        self.open_trials -= 1
+        if trial.state.has_ended:
+            report_outcome(self.proposals, self.ledger, trial)
+        else:
+            self.unfinished.append(trial)
+
+
+def report_outcome(proposals: Proposals, ledger: Ledger, trial: Trial) -> None:
+    """Report to the proposals how a trial ended, from the trial's own record.
+
+    Used for trials of this attempt and, at its start, for those of earlier ones.
+    """
+    scores = {
+        row.step: score
+        for row in trial.read_evaluations()
+        if (score := row.get_metric(ledger.metric)) is not None
+    }
+    proposals.tell(trial.read_params().assignment, scores, trial.state)

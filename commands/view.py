@@ -17,7 +17,7 @@ from lorafleet.evaluation.report.format import (
     format_short_params,
 )
 from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.runs.events import SearchEvent
+from lorafleet.jobs.runs.events import SearchEndedEvent, SearchEvent
 from lorafleet.jobs.runs.records import MetricsRow, raise_damaged_file
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.metrics import is_better
@@ -237,7 +237,10 @@ def render_run(run: Run, message: str = "") -> RenderableType:
         )
     parts: list[RenderableType] = [head, *([Text(message, style="dim")] if message else []), table]
     over_folds = describe_best_over_folds(trials)
-    if best:
+    recommended = describe_recommendation(run)
+    if recommended:
+        parts.append(Text(recommended, style="bold"))
+    elif best:
         parts.append(
             Text(
                 f"best so far: {best.trial_id} with {best.metric} {format_number(best.score)}",
@@ -265,6 +268,20 @@ def _format_cells(trial: TrialView, parameters: list[str], *, arms: bool) -> lis
         format_number(trial.tokens_per_second, 0),
         format_duration(trial.seconds_left),
     ]
+
+
+def describe_recommendation(run: Run) -> str | None:
+    """Return what the search has found, as text; None while it runs, and for a comparison."""
+    events = run.read_events(SearchEndedEvent)
+    if not events:
+        return None
+    found = events[-1]
+    rows = f" on {format_count(found.rows, 'validation row')}" if found.rows else ""
+    folder = f" ({found.adapter})" if found.adapter else ""
+    return (
+        f"recommended by the search: {found.trial_id}{folder} with {found.metric} "
+        f"{format_number(found.score)}{rows}"
+    )
 
 
 def iterate_news(run: Run, shown_lines: set[str]) -> Iterator[str]:
@@ -300,6 +317,9 @@ def _iterate_all_news(run: Run) -> Iterator[str]:
             reason = f": {status.reason}" if status.reason else ""
             yield f"{name} {status.state}{reason}"
     yield from run.list_remarks()
+    recommended = describe_recommendation(run)
+    if recommended:
+        yield recommended
     phase = run.read_status().phase
     if phase:
         yield f"{run.id}: {phase}"

@@ -267,15 +267,16 @@ class Comparison(TrainingDriver):
             from lorafleet.tuning.evaluation_pool import evaluate_in_pool
 
             return evaluate_in_pool(work, evaluations, self.placement.slots)
-        import torch
-
         from lorafleet.tuning.base_cache import BaseCache
         from lorafleet.tuning.in_process import evaluate_in_process
 
-        placement = self.placement
-        torch.set_num_threads(placement.slots * placement.workers * placement.cpus_per_worker)
-        is_restart = self.restart is not None
-        return evaluate_in_process(work, BaseCache(work.gpus), evaluations, is_restart=is_restart)
+        return evaluate_in_process(
+            work,
+            BaseCache(work.gpus),
+            evaluations,
+            threads=self._compute_cores(),
+            is_restart=self.restart is not None,
+        )
 
     @contextlib.contextmanager
     def _open_measurement(self, attempt: int) -> Iterator[Measure]:

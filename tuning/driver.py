@@ -49,6 +49,11 @@ class TrainingDriver(Driver):
         uses_gpus = self.placement.gpus_per_worker > 0
         return not self.is_on_cluster and not (uses_gpus and self.placement.slots > 1)
 
+    def _compute_cores(self) -> int:
+        """Return the number of CPU cores that the trials of the run may use together."""
+        placement = self.placement
+        return placement.slots * placement.workers * placement.cpus_per_worker
+
     def _prepare_process(self) -> None:
         """Prepare this process for libraries that train. Changes it for good.
 
@@ -129,7 +134,7 @@ class TrainingDriver(Driver):
         """
         placement = self.placement
         options = {
-            "num_cpus": placement.slots * placement.workers * placement.cpus_per_worker,
+            "num_cpus": self._compute_cores(),
             "num_gpus": placement.slots * placement.workers * placement.gpus_per_worker,
             # Ray Train frees a stopped trial's workers only when the dashboard's state API is up.
             "include_dashboard": placement.is_distributed,

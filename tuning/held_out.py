@@ -18,8 +18,8 @@ from lorafleet.evaluation.metrics.predictions import RowResults
 from lorafleet.evaluation.metrics.summary import summarize_results
 from lorafleet.evaluation.tokens import TokenData, open_tokens
 from lorafleet.jobs import files
-from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials import sampling as search
 from lorafleet.training.evaluation import evaluate_rows
 from lorafleet.training.methods import detach, load_weights
 from lorafleet.training.model import Base, check_class_order, reset_heads
@@ -86,30 +86,38 @@ class HeldOutEvaluation:
         return [self.get_stacks_path(attempt) for attempt in range(1, MAX_TRIES + 1)]
 
 
-def build_trial_evaluation(
-    trial: Trial, job: JobSpec, tokens: str, splits: tuple[str, ...]
-) -> HeldOutEvaluation:
-    """Return the evaluation of a trial's best weights.
+BASE = "base"
+"""Name of the untuned base model among the models of a run."""
+
+
+def build_evaluation(work: Work, data: TokenData, name: str) -> HeldOutEvaluation:
+    """Return the evaluation of one model of a search.
+
+    The base is also evaluated on the validation rows, for comparison with the trials.
 
     Args:
-        job: The resolved job of the trial.
-        tokens: Folder of the tokenised rows.
-        splits: Names of the splits.
+        work: What the trials of the search share.
+        data: The tokenised rows.
+        name: `BASE`, or the id of a trial, whose best weights are evaluated.
     """
+    run, split = work.attempt_run, get_held_out_split(data)
+    if name == BASE:
+        splits = tuple(dict.fromkeys(("validation", split)))
+        path = run.get_base_predictions_file("SPLIT")
+        return HeldOutEvaluation(
+            BASE, work.job, work.tokens, None, splits, str(path.parent), "base.json", path.name
+        )
+    trial = run.get_trial(name)
+    job = search.build_trial_job(work.job, trial.read_params().assignment)
     names = ("test.json", trial.get_predictions_file("SPLIT").name)
     return HeldOutEvaluation(
-        trial.id, job, tokens, str(trial.weights), splits, str(trial.path), *names
+        name, job, work.tokens, str(trial.weights), (split,), str(trial.path), *names
     )
 
 
-def build_base_evaluation(
-    run: Run, job: JobSpec, tokens: str, splits: tuple[str, ...]
-) -> HeldOutEvaluation:
-    """Return the evaluation of a run's untuned base."""
-    path = run.get_base_predictions_file("SPLIT")
-    return HeldOutEvaluation(
-        "base", job, tokens, None, splits, str(path.parent), "base.json", path.name
-    )
+def get_held_out_split(data: TokenData) -> str:
+    """Return the split that no decision has used; without test rows, the validation rows."""
+    return "validation" if data.chosen_on_test else "test"
 
 
 class Evaluator:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from lorafleet.cluster.execution.supervisor import RestartNeeded
 from lorafleet.jobs.errors import make_disk_full_error
 from lorafleet.jobs.runs.run import Trial
@@ -63,7 +65,12 @@ def _run_trial(host: TrialHost, trial: Trial, recorder: Recorder) -> None:
 
 
 def evaluate_in_process(
-    work: Work, bases: BaseCache, evaluations: list[HeldOutEvaluation], *, is_restart: bool
+    work: Work,
+    bases: BaseCache,
+    evaluations: list[HeldOutEvaluation],
+    *,
+    threads: int,
+    is_restart: bool,
 ) -> dict[str, str]:
     """Evaluate models, one after another.
 
@@ -71,6 +78,7 @@ def evaluate_in_process(
     processes have died is not tried again.
 
     Args:
+        threads: Number of threads; this process keeps it.
         is_restart: True if the supervisor started this process after another one had died.
 
     Returns:
@@ -80,6 +88,7 @@ def evaluate_in_process(
         DiskFull: The results could not be written.
         RestartNeeded: This process must not evaluate another model.
     """
+    torch.set_num_threads(threads)
     evaluator, failed = Evaluator(work, bases), {}
     for evaluation in evaluations:
         if work.is_stop_requested():

@@ -13,10 +13,13 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.tuning.failures import classify_crash, save_crash_output
+from lorafleet.tuning.held_out import MAX_TRIES
 from lorafleet.tuning.recorder import Recorder
-from lorafleet.tuning.trial_report import TrialReport
+from lorafleet.tuning.searcher import ProposalSearcher
+from lorafleet.tuning.trial_report import EvaluationReport, TrialReport
 
 _STOP_FILE_SECONDS = 1.5
+_LOST_EVALUATION = f"its process died or hung {MAX_TRIES} times"
 
 
 class RungScheduler(FIFOScheduler):
@@ -26,12 +29,15 @@ class RungScheduler(FIFOScheduler):
     its rungs are lost in a restart.
 
     Args:
+        searcher: The searcher of the same search.
         ends_itself: True for groups of processes, which return after their last report.
     """
 
-    def __init__(self, recorder: Recorder, *, ends_itself: bool) -> None:
+    def __init__(
+        self, recorder: Recorder, searcher: ProposalSearcher, *, ends_itself: bool
+    ) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.recorder, self.searcher = recorder, searcher
         self.ends_itself = ends_itself
 
     @property
@@ -43,6 +49,13 @@ class RungScheduler(FIFOScheduler):
         self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
     ) -> str:
         """Record the result, then return CONTINUE or STOP."""
+        if "standby" in trial.config:
+            goes_on = self.searcher.needs_standby()
+            return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+        if "evaluation" in trial.config:
+            evaluated = EvaluationReport.from_result(result)
+            self._record_evaluation(trial.config["evaluation"], evaluated)
+            return TrialScheduler.STOP
         run_trial = self._get_run_trial(trial)
         report = TrialReport.from_result(result)
         if run_trial.state.has_ended or report is None:
@@ -53,12 +66,25 @@ class RungScheduler(FIFOScheduler):
             continues = True
         return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP
 
+    def _record_evaluation(self, name: str, report: EvaluationReport | None) -> None:
+        """Record the end of an evaluation. The worker has written its results."""
+        if report is not None and report.disk_full is not None:
+            self.recorder.handle_full_disk(report.disk_full)
+        elif report is not None and self.searcher.evaluations is not None:
+            self.searcher.evaluations.complete(name, report.failure)
+
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Record that a trial's process died: the trial is restarted, or given up.
 
         Tune calls it instead of `on_trial_result`. A process that is lost while the run is
         ending costs no retry.
         """
+        if "standby" in trial.config:
+            return
+        if "evaluation" in trial.config:
+            if trial.status != TuneTrial.ERROR and self.searcher.evaluations is not None:
+                self.searcher.evaluations.lose(trial.config["evaluation"], _LOST_EVALUATION)
+            return
         run_trial = self._get_run_trial(trial)
         if run_trial.state.has_ended or trial.status == TuneTrial.ERROR:
             return  # Tune may call this twice, the second time with the status already changed

@@ -1,7 +1,7 @@
-"""Provide the trials of a `TrialQueue` to Ray Tune as a searcher.
+"""Provide trials and evaluations to Ray Tune as a searcher.
 
 Tune's ids of trials last for one attempt; the run's own ids are content hashes and are
-passed in the config.
+passed in the config (see `tuning/trainable.py`).
 """
 
 from __future__ import annotations
@@ -11,21 +11,32 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from lorafleet.jobs.runs.run import Trial
+from lorafleet.tuning.evaluation_queue import EvaluationQueue
 from lorafleet.tuning.trial_queue import NoTrial, TrialQueue
 
 
 class ProposalSearcher(Searcher):
-    """Hands out the trials of a queue.
+    """Hands out the trials of a queue, then the evaluations on held-out rows.
 
     Tune keeps only one trial waiting for a custom searcher. TUNE_MAX_PENDING_TRIALS_PG (set
     in the sweep) raises that limit, so that a freed actor always finds a waiting trial and
-    is reused instead of torn down.
+    is reused instead of torn down. While nothing waits and other trials still run, idle
+    actors are kept by standby tasks: they are needed for the evaluations.
+
+    Args:
+        evaluations: None if the search evaluates nothing on held-out rows, or does so later.
+        slots: Number of actors that run at once.
     """
 
-    def __init__(self, queue: TrialQueue) -> None:
+    def __init__(
+        self, queue: TrialQueue, evaluations: EvaluationQueue | None = None, slots: int = 0
+    ) -> None:
         super().__init__()
-        self.queue = queue
-        self.open: dict[str, Trial] = {}
+        self.queue, self.evaluations, self.slots = queue, evaluations, slots
+        # By Tune's id.
+        self.open_trials: dict[str, Trial] = {}
+        self.open_evaluations: dict[str, str] = {}
+        self.standbys: set[str] = set()
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -34,7 +45,7 @@ class ProposalSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next trial's config, None for "not now", or FINISHED for "no more".
+        """Return the next task's config, None for "not now", or FINISHED for "no more".
 
         FINISHED is final for Tune: it never asks again in this attempt.
 
@@ -42,18 +53,45 @@ class ProposalSearcher(Searcher):
             trial_id: Tune's id, which `on_trial_complete` receives again.
         """
         trial = self.queue.take()
-        if isinstance(trial, NoTrial):
+        if isinstance(trial, Trial):
+            self.open_trials[trial_id] = trial
+            return {"trial_id": trial.id, "assignment": trial.read_params().assignment}
+        if self.evaluations is None or self.queue.is_stopped:
             return Searcher.FINISHED if trial is NoTrial.END else None
-        self.open[trial_id] = trial
-        return {"trial_id": trial.id, "assignment": trial.read_params().assignment}
+        if trial is NoTrial.FULL:
+            return None
+        search_is_over = trial is NoTrial.END and not self.open_trials
+        evaluation = self.evaluations.take(search_is_over=search_is_over)
+        if evaluation is not None:
+            self.open_evaluations[trial_id], attempt = evaluation
+            return {"evaluation": evaluation[0], "attempt": attempt}
+        if self.evaluations.is_empty:
+            return Searcher.FINISHED
+        if self._count_tasks() < self.slots:
+            self.standbys.add(trial_id)
+            return {"standby": True}
+        return None
+
+    def _count_tasks(self) -> int:
+        return len(self.open_trials) + len(self.open_evaluations) + len(self.standbys)
+
+    def needs_standby(self) -> bool:
+        """Return whether a standby task must go on: no other task waits for its actor."""
+        is_over = self.evaluations is None or self.evaluations.is_empty or self.queue.is_stopped
+        return not is_over and self._count_tasks() <= self.slots
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Hand a trial back to the queue. The scheduler has recorded its outcome before."""
-        trial = self.open.pop(trial_id, None)
+        """Hand a task back to its queue. The scheduler has recorded its outcome before."""
+        self.standbys.discard(trial_id)
+        trial = self.open_trials.pop(trial_id, None)
         if trial is not None:
             self.queue.complete(trial)
+        name = self.open_evaluations.pop(trial_id, None)
+        if name is not None and self.evaluations is not None:
+            # Does nothing if the scheduler has recorded a failure.
+            self.evaluations.complete(name)
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the state is in the run's own files."""

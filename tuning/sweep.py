@@ -79,7 +79,7 @@ class Sweep(TrainingDriver):
         if not self.stop_file.exists():
             self._search_in_process(host, data)
         if not self.stop_file.exists() and self.judges:
-            self._evaluate_held_out(data, host.bases)
+            self._evaluate_in_process(data, host.bases)
 
     def _run_with_ray(self, attempt: int) -> None:
         """Train and evaluate in processes of Ray."""
@@ -96,8 +96,20 @@ class Sweep(TrainingDriver):
                     check_nodes(self.run.path, data.folder, self.job)
                 if not self.stop_file.exists():
                     self._search_with_ray(attempt, data)
-                if not self.stop_file.exists() and self.judges:
-                    self._evaluate_held_out(data)
+                is_cluster = not self.evaluates_in_process
+                if self._must_evaluate_groups and is_cluster:
+                    self._evaluate_in_pool(data)
+        if self._must_evaluate_groups and not is_cluster:
+            self._evaluate_in_process(data)
+
+    @property
+    def _must_evaluate_groups(self) -> bool:
+        """Return whether the finalists were trained by groups of processes, and are left to
+        evaluate.
+
+        Warm actors have evaluated their finalists before the search ends.
+        """
+        return self.placement.is_distributed and self.judges and not self.stop_file.exists()
 
     def _read_data(self) -> Any:
         """Return the rows as tokens, and write their metadata to facts.json.
@@ -147,22 +159,30 @@ class Sweep(TrainingDriver):
 
     def _search_with_ray(self, attempt: int, data: TokenData) -> None:
         """Run the trials that are left through Ray Tune."""
+        from lorafleet.tuning.evaluation_queue import EvaluationQueue
+        from lorafleet.tuning.finalists import list_base, record_unevaluated
         from lorafleet.tuning.scheduler import RungScheduler
         from lorafleet.tuning.searcher import ProposalSearcher
 
         is_distributed = self.placement.is_distributed
+        evaluations = None
+        if self.judges and not is_distributed:
+            evaluations = EvaluationQueue(list_base(self.run), lambda: self._end_search(data))
         with self._open_search(data, self._compute_max_open()) as (queue, recorder):
+            searcher = ProposalSearcher(queue, evaluations, self.placement.slots)
             run_tuner(
                 self.run,
                 attempt,
                 self._build_trainable(data),
-                ProposalSearcher(queue),
-                RungScheduler(recorder, ends_itself=is_distributed),
+                searcher,
+                RungScheduler(recorder, searcher, ends_itself=is_distributed),
                 self.stop_file,
                 reuse_actors=not is_distributed,
             )
             if is_distributed:
                 record_leaked_groups(self.run)
+        if evaluations is not None:
+            record_unevaluated(self.run, evaluations.failed)
 
     @contextlib.contextmanager
     def _open_search(self, data: TokenData, max_open: int) -> Iterator[tuple[TrialQueue, Recorder]]:
@@ -346,30 +366,51 @@ class Sweep(TrainingDriver):
         resources = tune.PlacementGroupFactory([bundle], **labels)
         return tune.with_resources(tune.with_parameters(WarmTrial, work=work), resources)
 
-    def _evaluate_held_out(self, data: TokenData, bases: BaseCache | None = None) -> None:
-        """Evaluate the base and the finalists on the held-out rows.
+    def _end_search(self, data: TokenData) -> list[str]:
+        """Report what the search has found, and return the models to evaluate on held-out rows.
 
-        Args:
-            bases: The base of this process. None: models are evaluated in processes of Ray.
+        The whole report follows when they are evaluated; until then, this one can be read.
         """
         # Imported here: it imports torch, which the thread that reads the data does meanwhile.
-        from lorafleet.tuning.finalists import record_unevaluated, select_evaluations
+        from lorafleet.tuning.finalists import end_search
 
-        self._record_phase("evaluating on held-out rows")
         self.run.check_current()
+        names = end_search(self.run, self.job, data)
+        self._record_phase("evaluating on held-out rows")
+        write_report(self.run)
+        return names
+
+    def _evaluate_in_process(self, data: TokenData, bases: BaseCache | None = None) -> None:
+        """Evaluate the base and the finalists on the held-out rows, in this process.
+
+        Args:
+            bases: The base of this process, if it has one.
+        """
+        from lorafleet.tuning.base_cache import BaseCache
+        from lorafleet.tuning.finalists import record_unevaluated
+        from lorafleet.tuning.held_out import build_evaluation
+        from lorafleet.tuning.in_process import evaluate_in_process
+
         work = self._build_work(data)
-        evaluations = select_evaluations(self.run, self.job, work, data)
-        if bases is None:
-            from lorafleet.tuning.evaluation_pool import evaluate_in_pool
-
-            failed = evaluate_in_pool(work, evaluations, self.placement.slots)
-        else:
-            from lorafleet.tuning.in_process import evaluate_in_process
-
-            failed = evaluate_in_process(
-                work, bases, evaluations, is_restart=self.restart is not None
-            )
+        evaluations = [build_evaluation(work, data, name) for name in self._end_search(data)]
+        failed = evaluate_in_process(
+            work,
+            bases or BaseCache(work.gpus),
+            evaluations,
+            threads=self._compute_cores(),
+            is_restart=self.restart is not None,
+        )
         record_unevaluated(self.run, failed)
+
+    def _evaluate_in_pool(self, data: TokenData) -> None:
+        """Evaluate the base and the finalists on the held-out rows, in processes of Ray."""
+        from lorafleet.tuning.evaluation_pool import evaluate_in_pool
+        from lorafleet.tuning.finalists import record_unevaluated
+        from lorafleet.tuning.held_out import build_evaluation
+
+        work = self._build_work(data)
+        evaluations = [build_evaluation(work, data, name) for name in self._end_search(data)]
+        record_unevaluated(self.run, evaluate_in_pool(work, evaluations, self.placement.slots))
 
     def _build_budget(self) -> Budget:
         """Return the budget of the search; a single training has none."""

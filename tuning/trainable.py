@@ -1,18 +1,33 @@
-"""Run one trial after another in a warm Ray actor, which loads the base only once."""
+"""Train and evaluate in a warm Ray actor, which loads the base only once.
+
+The config of a Tune trial is one of three: `{"trial_id": ..., "assignment": ...}` trains a
+trial, `{"evaluation": NAME, "attempt": N}` evaluates a model on held-out rows, and
+`{"standby": True}` keeps the actor with its base until one of the others is there.
+"""
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
+from lorafleet.jobs.errors import make_disk_full_error
+from lorafleet.tuning.failures import WorkerUnusable, classify_exception, is_device_error
+from lorafleet.tuning.held_out import Evaluator, build_evaluation
+from lorafleet.tuning.node_check import extract_error_line
 from lorafleet.tuning.trial_host import TrialHost
+from lorafleet.tuning.trial_report import EvaluationReport
 from lorafleet.tuning.trial_run import Work
+
+_STANDBY_SECONDS = 0.5
+"""Seconds between two reports of an actor that has nothing to do."""
 
 
 class WarmTrial(tune.Trainable):
-    """Ray actor around a `TrialHost`.
+    """Ray actor around a `TrialHost` and an `Evaluator`, which share one base.
 
     Tune calls `setup` once, `step` for each report, and `reset_config` for the next trial.
     If the process cannot be trusted any more, `step` raises WorkerUnusable and Tune replaces
@@ -20,23 +35,52 @@ class WarmTrial(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], work: Work) -> None:
-        """Import the libraries and load the base."""
+        """Import the libraries and, for a trial, load its base."""
         self.host = TrialHost(work, _is_node_leaving)
-        self.host.set_up(config)
+        self.evaluator = Evaluator(work, self.host.bases)
+        if "trial_id" in config:
+            self.host.set_up(config)
+        self.task = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Switch to another trial and keep the base."""
-        self.host.set_trial(new_config)
+        """Switch to another task and keep the base."""
+        if "trial_id" in new_config:
+            self.host.set_trial(new_config)
+        else:
+            self.host.close()
+        self.task = new_config
         return True
 
     def step(self) -> dict[str, Any]:
-        """Return one report, packed for Tune (see `TrialReport.to_result`).
+        """Return one report, packed for Tune.
 
         Raises:
-            WorkerUnusable: The process must not take another trial; the error carries the
-                trial's failure.
+            WorkerUnusable: The process must not take another task; the error carries the
+                failure.
         """
+        if "standby" in self.task:
+            time.sleep(_STANDBY_SECONDS)
+            return {}
+        if "evaluation" in self.task:
+            return self._evaluate(self.task["evaluation"], self.task["attempt"]).to_result()
         return self.host.step().to_result()
+
+    def _evaluate(self, name: str, attempt: int) -> EvaluationReport:
+        """Evaluate a model on the held-out rows."""
+        work = self.host.work
+        try:
+            self.evaluator.evaluate(build_evaluation(work, self.host.data, name), attempt)
+        # The boundary of a model: any error becomes its result, and the others are evaluated.
+        except Exception as error:
+            disk_full_error = make_disk_full_error(error, Path(work.run))
+            if disk_full_error:
+                return EvaluationReport(disk_full=str(disk_full_error))
+            if is_device_error(error):
+                raise WorkerUnusable(classify_exception(error)) from error
+            # Whatever failed, the next model gets a base that nothing has happened to.
+            self.host.bases.drop()
+            return EvaluationReport(failure=extract_error_line(error))
+        return EvaluationReport()
 
     def cleanup(self) -> None:
         """Close the current trial before the actor ends."""

@@ -14,6 +14,8 @@ from lorafleet.tuning.proposals import Proposals
 class NoTrial(Enum):
     """Reason why no trial is handed out."""
 
+    FULL = "full"
+    """As many trials as allowed are open."""
     WAIT = "wait"
     """A trial may follow when another one has ended."""
     END = "end"
@@ -51,6 +53,11 @@ class TrialQueue:
         self.open_trials = 0
 
     @property
+    def is_stopped(self) -> bool:
+        """Return whether the run is asked to stop. A spent budget does not count."""
+        return (self.run.path / "stop").exists()
+
+    @property
     def run(self) -> Run:
         """Run that the trials belong to."""
         return self.ledger.run
@@ -60,7 +67,7 @@ class TrialQueue:
         if self.should_stop():
             return NoTrial.END
         if self.open_trials >= self.max_open:
-            return NoTrial.WAIT
+            return NoTrial.FULL
         trial = self._find_next()
         if trial is None:
             # An open trial may be restarted later, and END is final.

@@ -1,4 +1,4 @@
-"""The report that a trial sends to the driver: one JSON text in a Tune result."""
+"""The reports that a worker sends to the driver: one JSON text in a Tune result."""
 
 from __future__ import annotations
 
@@ -61,3 +61,24 @@ class TrialReport(BaseModel):
         """Return the report in a Tune result; None if Tune itself made the result."""
         text = result.get("report")
         return cls.model_validate(json.loads(text)) if text is not None else None
+
+
+class EvaluationReport(BaseModel):
+    """Result of the evaluation of one model on held-out rows."""
+
+    model_config = ConfigDict(frozen=True)
+
+    failure: str | None = None
+    """Reason why the model cannot be evaluated."""
+    disk_full: str | None = None
+    """Message that ends the run: the results could not be written."""
+
+    def to_result(self) -> dict[str, Any]:
+        """Return the report as a Tune result."""
+        return {"evaluation": self.model_dump_json()}
+
+    @classmethod
+    def from_result(cls, result: dict[str, Any]) -> EvaluationReport | None:
+        """Return the report in a Tune result; None if Tune itself made the result."""
+        text = result.get("evaluation")
+        return cls.model_validate_json(text) if text is not None else None

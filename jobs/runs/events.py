@@ -61,6 +61,20 @@ class SearchEvent(Event):
     """Trials that there will be."""
 
 
+class SearchEndedEvent(Event):
+    """All trials have ended, and one is recommended; the held-out evaluation follows."""
+
+    event: Literal["search_ended"] = "search_ended"
+    trial_id: str = ""
+    metric: str = ""
+    score: float | None = None
+    """The trial's metric on the validation rows."""
+    rows: int | None = None
+    """Number of validation rows."""
+    adapter: str | None = None
+    """Folder of its weights, relative to the run."""
+
+
 class TrialEvent(Event):
     """A trial was created."""
 
@@ -148,6 +162,7 @@ _KINDS: dict[str, type[Event]] = {
         RayEvent,
         PlacementEvent,
         SearchEvent,
+        SearchEndedEvent,
         TrialEvent,
         BaseLoadedEvent,
         RungEvent,

@@ -47,7 +47,7 @@ def test_at_most_max_open_are_handed_out(bert_job: JobMaker, tmp_path: Path) -> 
     search = Search(bert_job, tmp_path)
     first, second = search.take(), search.take()
     assert (first.id, second.id) == ("trial-0.001", "trial-0.002")
-    assert search.queue.take() is NoTrial.WAIT
+    assert search.queue.take() is NoTrial.FULL
     search.queue.complete(end(first))
     assert search.take().id == "trial-0.003"
     search.queue.complete(end(second))

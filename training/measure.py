@@ -27,6 +27,7 @@ from lorafleet.evaluation.inference.speed import (
 from lorafleet.evaluation.tokens import TokenData, make_row_encoder, open_tokens
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials.schedule import build_schedule
+from lorafleet.training.cpu import set_up_cpu
 from lorafleet.training.evaluation import compute_max_prompt_tokens, resolve_autocast_dtype
 from lorafleet.training.methods import load_weights
 from lorafleet.training.model import load_base, reset_heads, resolve_device
@@ -125,7 +126,7 @@ def measure_pace(job: JobSpec, tokens: Path, gpus: int) -> dict[str, Any]:
         tokens: Folder of the token cache.
         gpus: 0: train on the CPU.
     """
-    torch.set_num_threads(max(1, job.resources.cpus_per_worker))
+    set_up_cpu(job.resources.cpus_per_worker)
     device = resolve_device(gpus)
     data = open_tokens(tokens)
     base = load_base(job, len(data.labels), device)

@@ -81,12 +81,13 @@ def _run_worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from lorafleet.evaluation.tokens import open_tokens
+    from lorafleet.training.cpu import set_up_cpu
     from lorafleet.training.model import load_base, resolve_device
 
     work: Work = config["work"]
     # Threads of several processes on the same cores slow each other down many times.
     os.chdir(work.run)
-    torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
+    set_up_cpu(work.job.resources.cpus_per_worker)
     data = open_tokens(Path(work.tokens))
     device = resolve_device(work.gpus)
     if device.type == "cuda":

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 from lorafleet.jobs.errors import make_disk_full_error
+from lorafleet.training.cpu import set_up_cpu
 from lorafleet.tuning.base_cache import BaseCache
 from lorafleet.tuning.held_out import MAX_TRIES, Evaluator, HeldOutEvaluation
 from lorafleet.tuning.node_check import extract_error_line
@@ -28,7 +28,7 @@ class EvalWorker:
 
     def __init__(self, work: Work) -> None:
         os.chdir(work.run)
-        torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
+        set_up_cpu(work.job.resources.cpus_per_worker)
         self.evaluator = Evaluator(work, BaseCache(work.gpus))
 
     def is_ready(self) -> bool:

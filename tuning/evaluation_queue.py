@@ -24,7 +24,6 @@ class EvaluationQueue:
         self.failed: dict[str, str] = {}
         """Model that could not be evaluated -> reason."""
 
-    @property
     def is_empty(self) -> bool:
         """Return whether every model has been evaluated, or has failed."""
         return self.end_search is None and not self.waiting and not self.open

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from lorafleet.cluster.execution.supervisor import RestartNeeded
 from lorafleet.jobs.errors import make_disk_full_error
 from lorafleet.jobs.runs.run import Trial
+from lorafleet.training.cpu import set_up_cpu
 from lorafleet.training.meter import free_unused_memory
 from lorafleet.training.model import resolve_device
 from lorafleet.tuning.base_cache import BaseCache
@@ -88,7 +87,7 @@ def evaluate_in_process(
         DiskFull: The results could not be written.
         RestartNeeded: This process must not evaluate another model.
     """
-    torch.set_num_threads(threads)
+    set_up_cpu(threads)
     evaluator, failed = Evaluator(work, bases), {}
     for evaluation in evaluations:
         if work.is_stop_requested():

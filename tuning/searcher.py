@@ -65,7 +65,7 @@ class ProposalSearcher(Searcher):
         if evaluation is not None:
             self.open_evaluations[trial_id], attempt = evaluation
             return {"evaluation": evaluation[0], "attempt": attempt}
-        if self.evaluations.is_empty:
+        if self.evaluations.is_empty():
             return Searcher.FINISHED
         if self._count_tasks() < self.slots:
             self.standbys.add(trial_id)
@@ -77,7 +77,7 @@ class ProposalSearcher(Searcher):
 
     def needs_standby(self) -> bool:
         """Return whether a standby task must go on: no other task waits for its actor."""
-        is_over = self.evaluations is None or self.evaluations.is_empty or self.queue.is_stopped
+        is_over = self.evaluations is None or self.evaluations.is_empty() or self.queue.is_stopped
         return not is_over and self._count_tasks() <= self.slots
 
     def on_trial_complete(

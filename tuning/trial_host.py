@@ -12,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorafleet.evaluation.tokens import open_tokens
 from lorafleet.jobs.errors import make_disk_full_error
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import sampling as search
+from lorafleet.training.cpu import set_up_cpu
 from lorafleet.training.meter import free_unused_memory, get_memory_in_use_gib
 from lorafleet.training.model import Base, resolve_device
 from lorafleet.tuning.base_cache import BaseCache
@@ -56,7 +55,7 @@ class TrialHost:
         self.work = work
         self.is_node_leaving = is_node_leaving
         os.chdir(work.run)
-        torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
+        set_up_cpu(work.job.resources.cpus_per_worker)
         self.bases = BaseCache(work.gpus)
         self.data = open_tokens(Path(work.tokens))
         self.setup_seconds = 0.0

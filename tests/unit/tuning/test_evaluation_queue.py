@@ -13,16 +13,16 @@ def test_the_base_is_evaluated_while_trials_still_run() -> None:
     queue = make_queue("a", "b")
     assert queue.take(search_is_over=False) == ("base", 1)
     assert queue.take(search_is_over=False) is None
-    assert not queue.is_empty
+    assert not queue.is_empty()
     # It is still being evaluated when the search ends, and is not handed out again.
     assert queue.take(search_is_over=True) == ("a", 1)
     queue.complete("base")
     assert queue.take(search_is_over=True) == ("b", 1)
     assert queue.take(search_is_over=True) is None
     queue.complete("a")
-    assert not queue.is_empty
+    assert not queue.is_empty()
     queue.complete("b")
-    assert queue.is_empty
+    assert queue.is_empty()
     assert queue.failed == {}
 
 
@@ -34,12 +34,12 @@ def test_the_search_is_ended_once() -> None:
         return []
 
     queue = EvaluationQueue([], end_search)
-    assert not queue.is_empty
+    assert not queue.is_empty()
     assert queue.take(search_is_over=False) is None
     for _ in range(3):
         assert queue.take(search_is_over=True) is None
     assert ended == ["now"]
-    assert queue.is_empty
+    assert queue.is_empty()
 
 
 def test_a_lost_process_is_tried_once_more() -> None:
@@ -52,7 +52,7 @@ def test_a_lost_process_is_tried_once_more() -> None:
     queue.lose("base", "its process died")
     assert queue.take(search_is_over=True) is None
     queue.complete("a")
-    assert queue.is_empty
+    assert queue.is_empty()
     assert queue.failed == {"base": "its process died"}
 
 
@@ -62,5 +62,5 @@ def test_a_failure_costs_the_numbers_of_its_model() -> None:
     queue.complete("base", "ValueError: no")
     assert queue.take(search_is_over=True) == ("a", 1)
     queue.complete("a")
-    assert queue.is_empty
+    assert queue.is_empty()
     assert queue.failed == {"base": "ValueError: no"}

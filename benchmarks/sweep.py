@@ -190,7 +190,7 @@ def run_peer(folder: Path, *, grouped: bool) -> None:
     from lorafleet.training.data import prepare_tokens
 
     job = JobSpec.from_record(plan["job"])
-    work = Work(job, str(folder), str(prepare_tokens(job).folder), 0, True)
+    work = Work(job, str(folder), str(prepare_tokens(job).folder), 0, 1, True)
     trials = [
         {
             "assignment": t.read_params().assignment,

@@ -94,7 +94,7 @@ def measure_cold_start(loaded: LoadedJob, run: Run) -> float:
     job = build_trial_job(loaded.job, assignment).model_copy(update={"search": None})
     name = f"cold-{uuid.uuid4().hex[:6]}"
     run.add_trial(name, 99, {})
-    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
+    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, 1, False)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     time_file = run.path / f"{name}.txt"
     started = time.time()

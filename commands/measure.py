@@ -39,7 +39,8 @@ def measure() -> None:
 
     job, tokens = JobSpec.from_record(request["job"]), Path(request["tokens"])
     if request["what"] == "pace":
-        typer.echo(json.dumps(measured.measure_pace(job, tokens, request["gpus"])))
+        pace = measured.measure_pace(job, tokens, request["gpus"], request["threads"])
+        typer.echo(json.dumps(pace))
         return
     measurement = measured.measure_inference(
         job,
@@ -47,6 +48,7 @@ def measure() -> None:
         Path(request["weights"]) if request["weights"] else None,
         request["split"],
         request["gpus"],
+        request["threads"],
         request["rows"],
         request["new_tokens"],
         points,

@@ -251,8 +251,7 @@ def _make_comparable_job(job: JobSpec, settings: BenchmarkSettings) -> JobSpec:
     A base in bfloat16 or with quantised arithmetic would be compared with float32 targets
     otherwise.
     """
-    resources = job.resources.model_copy(update={"cpus_per_worker": settings.threads})
-    return convert_to_float32(job).model_copy(update={"resources": resources})
+    return convert_to_float32(job)
 
 
 def read_max_positions(name: str, revision: str | None) -> int | None:

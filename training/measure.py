@@ -42,6 +42,7 @@ def measure_inference(
     weights: Path | None,
     split_name: str,
     gpus: int,
+    threads: int,
     rows: int,
     new_tokens: int,
     points: Sequence[Sequence[int]] = (),
@@ -55,6 +56,7 @@ def measure_inference(
         tokens: Folder of the token cache.
         weights: Folder of the trained weights. None: measure the base model.
         gpus: 0: measure on the CPU.
+        threads: CPU threads.
         rows: Maximum number of rows to measure.
         new_tokens: Tokens that are generated for each row (generation only).
         points: More batches to measure, each (rows, tokens of a row).
@@ -63,7 +65,7 @@ def measure_inference(
         The values of `measure_speed`, memory in GiB, times in seconds, and a description of
         the machine.
     """
-    torch.set_num_threads(max(1, job.resources.cpus_per_worker))
+    torch.set_num_threads(max(1, threads))
     device = resolve_device(gpus)
     data = open_tokens(tokens)
     # Imported before the first memory reading, because every such process needs it.
@@ -116,7 +118,7 @@ def measure_inference(
     }
 
 
-def measure_pace(job: JobSpec, tokens: Path, gpus: int) -> dict[str, Any]:
+def measure_pace(job: JobSpec, tokens: Path, gpus: int, threads: int) -> dict[str, Any]:
     """Return `seconds_per_row` of training: the median over the steps after two warm-up steps.
 
     At most 12 steps are trained, nothing is saved, and the median ignores single slow
@@ -125,8 +127,9 @@ def measure_pace(job: JobSpec, tokens: Path, gpus: int) -> dict[str, Any]:
     Args:
         tokens: Folder of the token cache.
         gpus: 0: train on the CPU.
+        threads: CPU threads.
     """
-    set_up_cpu(job.resources.cpus_per_worker)
+    set_up_cpu(threads)
     device = resolve_device(gpus)
     data = open_tokens(tokens)
     base = load_base(job, len(data.labels), device)

@@ -229,6 +229,7 @@ class Comparison(TrainingDriver):
             str(self.run.path),
             str(data.folder),
             self.placement.gpus_per_worker,
+            self.placement.cpus_per_worker,
             False,
             attempt,
         )

@@ -28,7 +28,7 @@ class EvalWorker:
 
     def __init__(self, work: Work) -> None:
         os.chdir(work.run)
-        set_up_cpu(work.job.resources.cpus_per_worker)
+        set_up_cpu(work.threads)
         self.evaluator = Evaluator(work, BaseCache(work.gpus))
 
     def is_ready(self) -> bool:
@@ -113,10 +113,9 @@ def evaluate_in_pool(
 
 def _start_worker(work: Work) -> Any:
     """Start an evaluation worker with the resources of a trial's process."""
-    resources = work.job.resources
     actor = ray.remote(EvalWorker).options(
-        num_cpus=resources.cpus_per_worker,
+        num_cpus=work.threads,
         num_gpus=work.gpus,
-        label_selector=resources.label_selector,
+        label_selector=work.job.resources.label_selector,
     )
     return actor.remote(work)

@@ -19,7 +19,7 @@ from lorafleet.tuning.failures import WorkerUnusable, is_device_error
 from lorafleet.tuning.held_out import MAX_TRIES, Evaluator, HeldOutEvaluation
 from lorafleet.tuning.recorder import Recorder
 from lorafleet.tuning.trial_host import TrialHost
-from lorafleet.tuning.trial_queue import NoTrial, TrialQueue
+from lorafleet.tuning.trial_queue import NoTrial, TrialQueue, build_config
 from lorafleet.tuning.trial_run import Work
 
 
@@ -39,7 +39,7 @@ def run_trials(host: TrialHost, queue: TrialQueue, recorder: Recorder) -> None:
         # Recorded before anything can fail: if this process dies, the next one knows whose fault
         # it was.
         recorder.ledger.start_trial(trial)
-        config = {"trial_id": trial.id, "assignment": trial.read_params().assignment}
+        config = build_config(trial)
         if is_first:
             host.set_up(config)
         else:

@@ -43,7 +43,7 @@ def build_ray_measure(comparison: Any) -> Measure:
 
     resources = comparison.job.resources
     task = ray.remote(measure_in_subprocess).options(
-        num_cpus=resources.cpus_per_worker,
+        num_cpus=comparison.placement.cpus_per_worker,
         num_gpus=comparison.placement.gpus_per_worker,
         label_selector=resources.label_selector,
         max_retries=1,
@@ -75,7 +75,7 @@ def measure_seconds_per_row(comparison: Any, job: JobSpec, tokens: str, measure:
     gpus = comparison.placement.gpus_per_worker
     request = {"what": "pace", "job": job.model_dump(mode="json"), "tokens": tokens, "gpus": gpus}
     try:
-        return float(measure(request, job.resources.cpus_per_worker)["seconds_per_row"])
+        return float(measure(request, comparison.placement.cpus_per_worker)["seconds_per_row"])
     except RuntimeError as error:
         raise RunError(f"the speed of {job.method} could not be measured: {error}") from error
 
@@ -115,7 +115,7 @@ def measure_all(comparison: Any, models: list[Any], split: str, measure: Measure
             }
             try:
                 # One at a time: models that run side by side would slow each other down.
-                measurements = measure(request, comparison.job.resources.cpus_per_worker)
+                measurements = measure(request, comparison.placement.cpus_per_worker)
             except RuntimeError as error:
                 failed.add(model.arm)
                 sentence = f"its inference was not measured: {error}"

@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 
 from lorafleet.jobs.runs.run import Trial
 from lorafleet.tuning.evaluation_queue import EvaluationQueue
-from lorafleet.tuning.trial_queue import NoTrial, TrialQueue
+from lorafleet.tuning.trial_queue import NoTrial, TrialQueue, build_config
 
 
 class ProposalSearcher(Searcher):
@@ -55,7 +55,7 @@ class ProposalSearcher(Searcher):
         trial = self.queue.take()
         if isinstance(trial, Trial):
             self.open_trials[trial_id] = trial
-            return {"trial_id": trial.id, "assignment": trial.read_params().assignment}
+            return build_config(trial)
         if self.evaluations is None or self.queue.is_stopped:
             return Searcher.FINISHED if trial is NoTrial.END else None
         if trial is NoTrial.FULL:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lorafleet.tuning.ledger import Ledger
     from lorafleet.tuning.recorder import Recorder
     from lorafleet.tuning.trial_host import TrialHost
-    from lorafleet.tuning.trial_queue import TrialQueue
+    from lorafleet.tuning.trial_queue import ThreadShare, TrialQueue
 
 
 class Sweep(TrainingDriver):
@@ -223,6 +223,7 @@ class Sweep(TrainingDriver):
             max_open,
             lambda assignment, index: self._create_trial(assignment, first_index + index, data),
             lambda: self._should_stop(budget, machines),
+            self._build_thread_share(),
         )
         self._record_phase("training")
         with open_trackers(self.run, self.job) as listeners:
@@ -288,6 +289,16 @@ class Sweep(TrainingDriver):
             return self.job.search.num_samples + self._final_trainings
         return len(assignments) + self._final_trainings
 
+    def _build_thread_share(self) -> ThreadShare:
+        """Return how the trials share the CPU cores."""
+        from lorafleet.tuning.trial_queue import ThreadShare
+
+        placement = self.placement
+        takes_idle = (
+            placement.has_auto_cpus and not placement.is_distributed and not self.is_on_cluster
+        )
+        return ThreadShare(placement.cpus_per_worker, placement.slots, takes_idle)
+
     def _compute_max_open(self) -> int:
         """Return the maximum number of trials that are handed out and have not ended.
 
@@ -320,6 +331,7 @@ class Sweep(TrainingDriver):
                 mode="json", exclude={"search", "tracking", "name", "environment"}
             )
             resolved["train"]["learning_rate"] = resolve_learning_rate(job).value
+            resolved["resources"]["cpus_per_worker"] = self.placement.cpus_per_worker
             files.write_json(
                 trial.path / "params.json",
                 params.to_dict()
@@ -346,6 +358,7 @@ class Sweep(TrainingDriver):
             str(self.run.path),
             str(data.folder),
             self.placement.gpus_per_worker,
+            self.placement.cpus_per_worker,
             self.searching,
             self.run.attempt,
         )

@@ -55,7 +55,7 @@ class TrialHost:
         self.work = work
         self.is_node_leaving = is_node_leaving
         os.chdir(work.run)
-        set_up_cpu(work.job.resources.cpus_per_worker)
+        set_up_cpu(work.threads)
         self.bases = BaseCache(work.gpus)
         self.data = open_tokens(Path(work.tokens))
         self.setup_seconds = 0.0
@@ -69,7 +69,7 @@ class TrialHost:
         """Load the base of the first trial, without touching the trial's folder.
 
         Args:
-            config: `trial_id` and `assignment` of the trial.
+            config: `trial_id`, `assignment` and `threads` of the trial.
         """
         self.set_trial(config)
         if not self.is_stopped:
@@ -89,6 +89,7 @@ class TrialHost:
         """
         self.close()
         self.trial_config = config
+        set_up_cpu(config["threads"])
         self.unloaded = None  # another trial may have another base
         self.is_stopped = self.work.is_stop_requested()
 

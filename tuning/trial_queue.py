@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.types import Assignment
@@ -22,6 +24,30 @@ class NoTrial(Enum):
     """No trial will follow in this attempt."""
 
 
+@dataclass(frozen=True)
+class ThreadShare:
+    """CPU threads of the trials of a search."""
+
+    usual: int
+    """Threads of a process while all slots are in use."""
+    slots: int
+    """Trials that run at once."""
+    takes_idle: bool = False
+    """True if a trial may take the cores of idle slots: they are on the same machine."""
+
+    def compute(self, open_trials: int, left: int) -> int:
+        """Return the threads of a trial that starts now.
+
+        Args:
+            open_trials: Other trials that have started and not ended.
+            left: Trials that could start now, this one included.
+        """
+        idle = self.slots - open_trials
+        if not self.takes_idle or left >= idle:
+            return self.usual
+        return self.usual * idle // left
+
+
 class TrialQueue:
     """Trials that are left to run.
 
@@ -32,6 +58,7 @@ class TrialQueue:
         max_open: Maximum number of trials that are handed out and have not ended.
         create: Creates the trial of an assignment; the second argument is its index.
         should_stop: Returns whether no further trial may start. It is called very often.
+        threads: The threads of its trials.
     """
 
     def __init__(
@@ -42,10 +69,11 @@ class TrialQueue:
         max_open: int,
         create: Callable[[Assignment, int], Trial],
         should_stop: Callable[[], bool],
+        threads: ThreadShare,
     ) -> None:
         self.ledger, self.proposals = ledger, proposals
         self.total, self.max_open = total, max_open
-        self.create, self.should_stop = create, should_stop
+        self.create, self.should_stop, self.threads = create, should_stop, threads
         self.unfinished = [trial for trial in self.run.list_trials() if not trial.state.has_ended]
         self.earlier_ids = {trial.id for trial in self.run.list_trials()}
         # Trials of earlier attempts count towards the total.
@@ -72,8 +100,19 @@ class TrialQueue:
         if trial is None:
             # An open trial may be restarted later, and END is final.
             return NoTrial.WAIT if self.open_trials else NoTrial.END
+        self._record_threads(trial)
         self.open_trials += 1
         return trial
+
+    def _record_threads(self, trial: Trial) -> None:
+        """Record the threads of a trial that is handed out for the first time.
+
+        A trial keeps its number: sums of another number of threads are rounded differently.
+        """
+        if trial.read_status().threads is None:
+            left = 1 + len(self.unfinished) + self.total - self.created
+            threads = self.threads.compute(self.open_trials, left)
+            trial.set_state(trial.state, threads=threads)
 
     def _find_next(self) -> Trial | None:
         """Return the next trial, unfinished ones first; None if there is none now."""
@@ -97,6 +136,15 @@ class TrialQueue:
             report_outcome(self.proposals, self.ledger, trial)
         else:
             self.unfinished.append(trial)
+
+
+def build_config(trial: Trial) -> dict[str, Any]:
+    """Return what a host must know of a trial that was handed out."""
+    return {
+        "trial_id": trial.id,
+        "assignment": trial.read_params().assignment,
+        "threads": trial.read_status().threads,
+    }
 
 
 def report_outcome(proposals: Proposals, ledger: Ledger, trial: Trial) -> None:

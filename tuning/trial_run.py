@@ -59,7 +59,9 @@ class Work:
     tokens: str
     """Folder of the tokenised rows."""
     gpus: int
-    """Number of GPUs of one actor."""
+    """Number of GPUs of one process."""
+    threads: int
+    """Number of CPU threads of one process, unless a trial has a number of its own."""
     searching: bool
     """True to use the search's schedule, False to use that of a single training."""
     attempt: int | None = None

@@ -54,7 +54,7 @@ def _run_measure(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*get_driver_command(), "measure"],
-        input=json.dumps(request),
+        input=json.dumps(request | {"threads": threads}),
         capture_output=True,
         text=True,
         timeout=_TIMEOUT_SECONDS,

@@ -151,6 +151,8 @@ class TrialStatus(Record):
     failure: FailureRecord | None = None
     retries: dict[str, int] = {}
     """Failure class -> restarts after it."""
+    threads: int | None = None
+    """CPU threads of each of its processes, from its first start on."""
     started: float | None = None
     updated: float | None = None
     ended: float | None = None

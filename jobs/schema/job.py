@@ -495,8 +495,11 @@ class ResourcesSpec(Spec):
     """Training processes on each node, one device each."""
     gpus_per_node: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs on each node. `auto`: one per worker if the machine has GPUs, else none."""
-    cpus_per_worker: int = Field(1, ge=1, le=1024)
-    """CPU cores, and therefore threads, of one training process."""
+    cpus_per_worker: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """CPU cores, and therefore threads, of one training process. `auto`: the cores of the
+    machines, divided by the trials that run at once. Trials that start while cores are idle,
+    on this machine, get those too; a trial keeps its number when it is resumed.
+    """
     label_selector: dict[LabelName, LabelValue] = {}
     """Ray labels that the nodes of a trial must have, such as `{ray.io/accelerator-type: H100}`,
     or labels set by `ray start --labels` or a worker group. Empty: any node of the cluster may
@@ -518,6 +521,11 @@ class ResourcesSpec(Spec):
     def world_size(self) -> int:
         """Return the number of training processes of one trial."""
         return self.num_nodes * self.workers_per_node
+
+    @property
+    def min_cpus_per_worker(self) -> int:
+        """Return the cores that a training process must have."""
+        return 1 if self.cpus_per_worker == "auto" else self.cpus_per_worker
 
     @field_validator("gpus_per_node", mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.schema.base import Spec
-from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.job import JobSpec, ResourcesSpec
 from lorafleet.jobs.schema.types import Strategy
 from lorafleet.jobs.sites.base import LocalSite, Node, Site
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
@@ -96,6 +96,8 @@ class Placement(Spec):
     """Machines of one trial."""
     cpus_per_worker: int = Field(ge=1)
     """CPU cores of each training process."""
+    has_auto_cpus: bool = False
+    """True if `cpus_per_worker` is a share of the cores, and may change with the machines."""
     gpus_per_worker: int = Field(ge=0, le=1)
     """GPUs of each training process."""
     labels: dict[str, str] = {}
@@ -175,7 +177,7 @@ def compute_placement(
             "use search.budget.wall_hours"
         )
     per_node = resources.workers_per_node
-    share = Share(resources.num_nodes, per_node * resources.cpus_per_worker, per_node * gpus)
+    share = Share(resources.num_nodes, per_node * resources.min_cpus_per_worker, per_node * gpus)
     nodes = select_labelled_nodes(site.nodes, resources.label_selector)
     _check_trial_fits(site, nodes, share, resources.label_selector)
     # CPU cores are counted without the GPUs, so that `limited_by` names what is scarcest. Of equal
@@ -194,7 +196,8 @@ def compute_placement(
     return Placement(
         workers=resources.world_size,
         num_nodes=resources.num_nodes,
-        cpus_per_worker=resources.cpus_per_worker,
+        cpus_per_worker=_choose_cpus(resources, nodes, share, slots),
+        has_auto_cpus=resources.cpus_per_worker == "auto",
         gpus_per_worker=gpus,
         labels=resources.label_selector,
         strategy=strategy,
@@ -202,6 +205,29 @@ def compute_placement(
         waves=math.ceil(trials / slots),
         limited_by=limit,
     )
+
+
+def _choose_cpus(resources: ResourcesSpec, nodes: Sequence[Node], share: Share, slots: int) -> int:
+    """Return the CPU cores of each training process.
+
+    Args:
+        share: What a trial needs at least.
+        slots: Trials that run at once.
+    """
+    if resources.cpus_per_worker != "auto":
+        return resources.cpus_per_worker
+    return _divide_cpus(nodes, share, resources.workers_per_node, slots)
+
+
+def _divide_cpus(nodes: Sequence[Node], share: Share, workers_per_node: int, slots: int) -> int:
+    """Return the largest number of cores of a process with which `slots` trials still fit."""
+    largest = max(node.cpus for node in nodes) // workers_per_node
+    fits = (
+        cpus
+        for cpus in range(largest, 1, -1)
+        if count_concurrent_trials(nodes, share._replace(cpus=workers_per_node * cpus)) >= slots
+    )
+    return next(fits, 1)
 
 
 def select_labelled_nodes(nodes: Sequence[Node], labels: Mapping[str, str]) -> list[Node]:
@@ -283,6 +309,13 @@ def fit_placement(placement: Placement, nodes: Sequence[Node]) -> tuple[Placemen
     """
     nodes = select_labelled_nodes(nodes, placement.labels)
     possible = count_concurrent_trials(nodes, placement.share)
+    if possible < placement.slots and placement.has_auto_cpus:
+        workers_per_node = placement.workers // placement.num_nodes
+        share = placement.share._replace(cpus=workers_per_node)
+        possible = count_concurrent_trials(nodes, share)
+        slots = max(1, min(possible, placement.slots))
+        cpus = _divide_cpus(nodes, share, workers_per_node, slots) if possible else 1
+        placement = placement.model_copy(update={"cpus_per_worker": cpus})
     if possible >= placement.slots:
         return placement, None
     summary = (

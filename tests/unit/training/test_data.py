@@ -210,7 +210,7 @@ def test_a_trial_ends_when_nothing_gets_better(
     still = {"train__learning_rate": 1e-9, "train__eval_steps": 1, "train__max_steps": 30}
     job = bert_job(**still, train__early_stopping_patience=3).job
     run = Run.create(tmp_path / "runs", "patient")
-    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
+    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, 1, False)
     reports = _run_to_its_end(run, work, again_after=again_after)
     assert _get_last_step(reports) == 4  # the first is the best, and three are no better
     assert (
@@ -223,7 +223,7 @@ def test_a_trial_ends_when_nothing_gets_better(
 def test_a_trial_that_gets_better_goes_on(bert_job: JobMaker, tmp_path: Path) -> None:
     job = bert_job(train__eval_steps=2, train__early_stopping_patience=1, train__max_steps=4).job
     run = Run.create(tmp_path / "runs", "patient")
-    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
+    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, 1, False)
     losses = _run_to_its_end(run, work)
     assert _get_last_step(losses) == 4 or "stopped early" in str(losses[-1].warning)
 

@@ -34,8 +34,8 @@ def test_an_actor_that_is_being_set_up_does_not_touch_its_trial(
     (trial.checkpoint / "trained.safetensors").write_bytes(b"half")
     before = _files(trial.path)
     threads = torch.get_num_threads()
-    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
-    config = {"trial_id": trial.id, "assignment": {}}
+    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, 1, False)
+    config = {"trial_id": trial.id, "assignment": {}, "threads": 1}
     try:
         slow = TrialHost(work)
         slow.set_up(config)
@@ -59,14 +59,14 @@ def test_a_base_that_cannot_be_loaded_is_the_result_of_the_first_step(
     job = bert_job().job
     run = Run.create(here / "runs", "warm")
     trial = run.add_trial("0123456789", 0, {})
-    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
+    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, 1, False)
     gone = job.model_copy(
         update={"model": job.model.model_copy(update={"model_name_or_path": str(here / "gone")})}
     )
     threads = torch.get_num_threads()
     try:
         before = _files(trial.path)
-        config = {"trial_id": trial.id, "assignment": {}}
+        config = {"trial_id": trial.id, "assignment": {}, "threads": 1}
         for steps in (1, 0):  # the host lives on, and the next trial has a base that is there
             host = TrialHost(dataclasses.replace(work, job=gone))
             host.set_up(config)

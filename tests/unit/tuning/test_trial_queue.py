@@ -10,22 +10,30 @@ from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.types import Assignment
 from lorafleet.tuning.ledger import Ledger
 from lorafleet.tuning.proposals import ListProposals
-from lorafleet.tuning.trial_queue import NoTrial, TrialQueue
+from lorafleet.tuning.trial_queue import NoTrial, ThreadShare, TrialQueue, build_config
 from tests.conftest import JobMaker
 
 RATES: list[Assignment] = [{"train.learning_rate": rate} for rate in (1e-3, 2e-3, 3e-3)]
+
+ONE_EACH = ThreadShare(usual=1, slots=2)
 
 
 class Search:
     """A queue of three trials over a run in a folder."""
 
-    def __init__(self, job_maker: JobMaker, folder: Path, max_open: int = 2) -> None:
+    def __init__(
+        self,
+        job_maker: JobMaker,
+        folder: Path,
+        max_open: int = 2,
+        threads: ThreadShare = ONE_EACH,
+    ) -> None:
         self.run = Run(folder / "run")
         self.run.path.mkdir(exist_ok=True)
         self.stopping = False
         ledger = Ledger(self.run, job_maker().job, searching=False)
         self.queue = TrialQueue(
-            ledger, ListProposals(RATES), 3, max_open, self.create, lambda: self.stopping
+            ledger, ListProposals(RATES), 3, max_open, self.create, lambda: self.stopping, threads
         )
 
     def create(self, assignment: Assignment, index: int) -> Trial:
@@ -89,3 +97,47 @@ def test_a_search_that_stops_hands_out_nothing(
         search.take()
     search.stopping = True
     assert search.queue.take() is NoTrial.END
+
+
+@pytest.mark.parametrize(
+    ("slots", "open_trials", "left", "threads"),
+    [
+        (4, 0, 9, 2),  # every slot will be used
+        (4, 3, 1, 2),
+        (4, 0, 2, 4),  # two trials for four slots
+        (4, 0, 3, 2),  # a core that cannot be divided stays idle
+        (4, 0, 1, 8),
+        (4, 2, 1, 4),  # the last one, while two others run
+        (1, 0, 1, 2),
+    ],
+)
+def test_a_trial_takes_the_cores_of_idle_slots(
+    slots: int, open_trials: int, left: int, threads: int
+) -> None:
+    assert ThreadShare(2, slots, takes_idle=True).compute(open_trials, left) == threads
+    assert ThreadShare(2, slots).compute(open_trials, left) == 2
+
+
+def test_a_trial_keeps_its_number_of_threads(bert_job: JobMaker, tmp_path: Path) -> None:
+    """Also when it is resumed where more cores are idle."""
+    share = ThreadShare(1, 2, takes_idle=True)
+    earlier = Search(bert_job, tmp_path, threads=share)
+    first, second = earlier.take(), earlier.take()
+    earlier.queue.complete(end(first))
+    third = earlier.take()
+    assert [trial.read_status().threads for trial in (first, second, third)] == [1, 1, 1]
+    for trial in (second, third):
+        trial.set_state(TrialState.PENDING)
+    resumed = Search(bert_job, tmp_path, threads=ThreadShare(8, 2, takes_idle=True))
+    assert build_config(resumed.take())["threads"] == 1
+
+
+def test_the_last_trial_of_a_resumed_search_gets_all_cores(
+    bert_job: JobMaker, tmp_path: Path
+) -> None:
+    share = ThreadShare(1, 2, takes_idle=True)
+    earlier = Search(bert_job, tmp_path, threads=share)
+    for _ in range(2):
+        end(earlier.take())
+    resumed = Search(bert_job, tmp_path, threads=share)
+    assert build_config(resumed.take())["threads"] == 2

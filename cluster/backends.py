@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lorafleet.cluster.backend import Backend, Cluster, RunBackend
-from lorafleet.cluster.local_site import detect_local_site
 from lorafleet.cluster.submission import find_record
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.runs.trust import find_distrust_reason
@@ -26,7 +25,7 @@ _CLUSTERS = {
 """Backend class of each kind of site file, as module:class."""
 
 
-def create_local_backend(site: Site) -> Backend:
+def create_local_backend(site: Site | None = None) -> Backend:
     """Return the backend for this machine, or for the Ray cluster that RAY_ADDRESS names."""
     from lorafleet.cluster.local import LocalBackend
 
@@ -74,7 +73,7 @@ def get_backend(run: Run, *, trust: bool = False) -> RunBackend:
     if record is None:
         # Not `detect_site`: RAY_ADDRESS may be another one now, and this run needs no Ray to be
         # read or stopped.
-        return create_local_backend(detect_local_site())
+        return create_local_backend()
     backend: Cluster = _get_backend_class(record.kind).from_record(record)
     backend.adopt_caches()
     return backend

@@ -40,11 +40,12 @@ class LocalBackend:
     killed, and later commands find it by the process id in status.json.
 
     Args:
-        site: This machine, or the Ray that RAY_ADDRESS names.
+        site: This machine, or the Ray that RAY_ADDRESS names. None: this machine; it is examined
+            only if a job is planned.
     """
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, site: Site | None = None) -> None:
+        self._site = site
         self.child: subprocess.Popen[bytes] | None = None
 
     shares_disk = True
@@ -64,9 +65,10 @@ class LocalBackend:
             UserError: The job cannot start on this machine.
         """
         # Imported here: planning builds the schema of the whole job, which `status` does not need.
+        from lorafleet.cluster.local_site import detect_local_site
         from lorafleet.cluster.planning.plan import make_plan
 
-        return make_plan(loaded, self.site, command)
+        return make_plan(loaded, self._site or detect_local_site(), command)
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
         """Return no problems: the plan has already made every check."""

@@ -9,47 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import typer
 
-from lorafleet.commands import (
-    benchmark,
-    chat,
-    clean,
-    compare,
-    data,
-    doctor,
-    evaluate,
-    execute,
-    export,
-    fetch,
-    import_config,
-    init,
-    list_runs,
-    logs,
-    measure,
-    methods,
-    node,
-    plan,
-    pull,
-    rate,
-    render,
-    report,
-    resume,
-    schema,
-    serve,
-    status,
-    stop,
-    sweep,
-    sync,
-    validate,
-)
 from lorafleet.commands.common import print_message
 from lorafleet.commands.options import expand_options
 from lorafleet.jobs.errors import ExitCode, LorafleetError, UserError, make_disk_full_error
@@ -59,56 +28,94 @@ from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.runs.tracebacks import save_traceback
 from lorafleet.jobs.text import shorten_text
 
-app = typer.Typer(
-    name="lorafleet",
-    help="One base model, one data set: which LoRA configuration should I ship?",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 _START, _RUN, _WATCH, _MANAGE = "Get started", "Run", "Watch and decide", "Manage runs"
-_COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
-    ("doctor", doctor.doctor, _START),
-    ("init", init.init, _START),
-    ("import", import_config.import_config, _START),
-    ("fetch", fetch.fetch, _START),
-    ("validate", validate.validate, _START),
-    ("data", data.data, _START),
-    ("render", render.render, _START),
-    ("schema", schema.schema, _START),
-    ("methods", methods.methods, _START),
-    ("plan", plan.plan, _RUN),
-    ("train", sweep.train, _RUN),
-    ("sweep", sweep.sweep, _RUN),
-    ("compare", compare.compare, _RUN),
-    ("evaluate", evaluate.evaluate, _RUN),
-    ("resume", resume.resume, _RUN),
-    ("stop", stop.stop, _RUN),
-    ("status", status.status, _WATCH),
-    ("logs", logs.logs, _WATCH),
-    ("report", report.report, _WATCH),
-    ("rate", rate.rate, _WATCH),
-    ("export", export.export, _WATCH),
-    ("benchmark", benchmark.benchmark, _WATCH),
-    ("chat", chat.chat, _WATCH),
-    ("serve", serve.serve, _WATCH),
-    ("pull", pull.pull, _WATCH),
-    ("list", list_runs.list_runs, _MANAGE),
-    ("clean", clean.clean, _MANAGE),
-    ("sync", sync.sync, _MANAGE),
+
+
+class _Command(NamedTuple):
+    """A command and where its function is. Its module is imported only when it is needed."""
+
+    name: str
+    target: str
+    """Module below `lorafleet.commands`, and the name of the function or of a typer app in it."""
+    panel: str | None = None
+    """Heading on the help page. None: the command is hidden."""
+
+    def load(self) -> Any:
+        """Return the function or the app."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(f"lorafleet.commands.{module}"), attribute)
+
+
+_COMMANDS = (  # in the order of the help page
+    _Command("doctor", "doctor:doctor", _START),
+    _Command("init", "init:init", _START),
+    _Command("import", "import_config:import_config", _START),
+    _Command("fetch", "fetch:fetch", _START),
+    _Command("validate", "validate:validate", _START),
+    _Command("data", "data:data", _START),
+    _Command("render", "render:render", _START),
+    _Command("schema", "schema:schema", _START),
+    _Command("methods", "methods:methods", _START),
+    _Command("plan", "plan:plan", _RUN),
+    _Command("train", "sweep:train", _RUN),
+    _Command("sweep", "sweep:sweep", _RUN),
+    _Command("compare", "compare:compare", _RUN),
+    _Command("evaluate", "evaluate:evaluate", _RUN),
+    _Command("resume", "resume:resume", _RUN),
+    _Command("stop", "stop:stop", _RUN),
+    _Command("status", "status:status", _WATCH),
+    _Command("logs", "logs:logs", _WATCH),
+    _Command("report", "report:report", _WATCH),
+    _Command("rate", "rate:rate", _WATCH),
+    _Command("export", "export:export", _WATCH),
+    _Command("benchmark", "benchmark:benchmark", _WATCH),
+    _Command("chat", "chat:chat", _WATCH),
+    _Command("serve", "serve:serve", _WATCH),
+    _Command("pull", "pull:pull", _WATCH),
+    _Command("list", "list_runs:list_runs", _MANAGE),
+    _Command("clean", "clean:clean", _MANAGE),
+    _Command("sync", "sync:sync", _MANAGE),
+    # lorafleet itself starts these, in drivers and in scripts of jobs.
+    _Command("exec", "execute:execute"),
+    _Command("measure", "measure:measure"),
+    _Command("node", "node:node"),
 )
-# In the order of the help page.
-for _name, _function, _panel in _COMMANDS:
-    app.command(_name, rich_help_panel=_panel)(expand_options(_function))
-# Hidden commands are started by lorafleet itself, in drivers and in scripts of jobs.
-app.command("exec", hidden=True)(execute.execute)
-app.command("measure", hidden=True)(measure.measure)
-app.add_typer(node.node, hidden=True)
 
 
-@app.callback(invoke_without_command=True)
+def build_app(names: Collection[str] = ()) -> typer.Typer:
+    """Return the command line.
+
+    Args:
+        names: The commands that it needs. Empty: all, as for the help page.
+    """
+    app = typer.Typer(
+        name="lorafleet",
+        help="One base model, one data set: which LoRA configuration should I ship?",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for command in _COMMANDS:
+        if names and command.name not in names:
+            continue
+        function = command.load()
+        if isinstance(function, typer.Typer):
+            app.add_typer(function, hidden=True)
+        elif command.panel is None:
+            app.command(command.name, hidden=True)(function)
+        else:
+            app.command(command.name, rich_help_panel=command.panel)(expand_options(function))
+    app.callback(invoke_without_command=True)(_apply_global_options)
+    return app
+
+
+def _select_commands(words: Sequence[str]) -> Collection[str]:
+    """Return the command that a command line names; empty if it may need any of them."""
+    known = {command.name for command in _COMMANDS}
+    return {words[0]} & known if words else ()
+
+
 def _apply_global_options(
     version: bool = typer.Option(
         False, "--version", help="Print the version and exit.", is_eager=True
@@ -141,7 +148,7 @@ def _run_command() -> None:
     file, and its path is printed.
     """
     try:
-        app()
+        build_app(_select_commands(sys.argv[1:]))()
     except UserError as error:
         print_message("\n".join(shorten_text(line) for line in str(error).split("\n")))
         sys.exit(error.exit_code)

@@ -116,7 +116,11 @@ def _list_local_problems(loaded: LoadedJob) -> list[Problem]:
     A cluster has rules of its own.
     """
     from lorafleet.cluster.local_site import detect_local_site
-    from lorafleet.cluster.planning.refusals import refuse_attention, refuse_environment
+    from lorafleet.cluster.planning.refusals import (
+        list_attention,
+        refuse_attention,
+        refuse_environment,
+    )
     from lorafleet.jobs.errors import JobFileError
 
     problems: list[Problem] = []
@@ -124,6 +128,8 @@ def _list_local_problems(loaded: LoadedJob) -> list[Problem]:
         refuse_environment(loaded, ())
     except JobFileError as error:
         problems += error.problems
+    if list_attention(loaded.job) == ["auto"]:
+        return problems  # nothing depends on this machine, which need not be examined
     try:
         refuse_attention(loaded.job, detect_local_site(), str(loaded.path))
     except JobFileError as error:

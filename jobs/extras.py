@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from importlib.metadata import PackageNotFoundError, requires, version
 
 from lorafleet.jobs.errors import MissingExtra
 
@@ -61,6 +60,9 @@ def get_ray_version() -> str:
     It is the installed version. A client without Ray takes the lowest version that lorafleet
     allows, which is the one that it was released with.
     """
+    # Imported here, because it takes a while and most commands do not need it.
+    from importlib.metadata import PackageNotFoundError, requires, version
+
     try:
         return version("ray")
     except PackageNotFoundError:

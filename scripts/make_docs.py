@@ -38,11 +38,11 @@ def main() -> int:
 def _render_commands() -> list[str]:
     import typer.main
 
-    from lorafleet.commands.cli import app
+    from lorafleet.commands.cli import build_app
 
     commands = {
         name: command
-        for name, command in typer.main.get_command(app).commands.items()
+        for name, command in typer.main.get_command(build_app()).commands.items()
         if not command.hidden
     }
     lines = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection
+from typing import Any
 
 from lorafleet.jobs.errors import JobFileError, Problem
 from lorafleet.jobs.loading.job_file import LoadedJob
@@ -32,6 +33,19 @@ def refuse_environment(loaded: LoadedJob, allowed: Collection[str]) -> None:
         raise JobFileError(str(loaded.path), [loaded.locate(problem) for problem in problems])
 
 
+_ATTENTION = "model.attn_implementation"
+
+
+def list_attention(job: JobSpec) -> list[Any]:
+    """Return the attention implementations that the trials of a job use."""
+    searched = job.search.parameters.get(_ATTENTION) if job.search else None
+    values = list((searched.values if searched else None) or [job.model.attn_implementation])
+    if job.compare:
+        arms = job.comparison.arms.values()
+        values += [arm.set[_ATTENTION] for arm in arms if _ATTENTION in arm.set]
+    return list(dict.fromkeys(values))
+
+
 def refuse_attention(job: JobSpec, site: Site, path: str) -> None:
     """Raise JobFileError for an attention implementation that the site cannot use.
 
@@ -39,20 +53,12 @@ def refuse_attention(job: JobSpec, site: Site, path: str) -> None:
     """
     is_local = isinstance(site, LocalSite)
     has_flash = not is_local or importlib.util.find_spec("flash_attn") is not None
-    field = "model.attn_implementation"
-    searched = job.search.parameters.get(field) if job.search else None
-    values = list((searched.values if searched else None) or [job.model.attn_implementation])
-    values += (
-        [arm.set[field] for arm in job.comparison.arms.values() if field in arm.set]
-        if job.compare
-        else []
-    )
-    for value in dict.fromkeys(values):
+    for value in list_attention(job):
         model = job.model.model_copy(update={"attn_implementation": value})
         variant = job.model_copy(update={"model": model})
         message = get_attention_refusal(variant, cuda=uses_gpu(job, site), has_flash=has_flash)
         if message:
-            raise JobFileError(path, [Problem(field, message)])
+            raise JobFileError(path, [Problem(_ATTENTION, message)])
 
 
 def uses_gpu(job: JobSpec, site: Site) -> bool:

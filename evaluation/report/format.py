@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorafleet.jobs.runs.report import Report
 from lorafleet.jobs.text import format_decimal, make_printable
+
+if TYPE_CHECKING:
+    from lorafleet.jobs.runs.report import Report
 
 MISSING = "-"
 

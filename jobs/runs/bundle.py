@@ -9,7 +9,6 @@ import json
 import secrets
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from lorafleet.jobs import files
@@ -39,7 +38,7 @@ def pack(
     """
     metadata = {
         "schema_version": 1,
-        "lorafleet": version("lorafleet"),
+        "lorafleet": _get_version("lorafleet"),
         "name": name,
         "submission": submission,
     }
@@ -64,7 +63,7 @@ def unpack(folder: Path, document: Path) -> Run:
     if not {"lorafleet", "name"} <= set(metadata):
         raise RunError(f"{document} is not a packed run")
     for package in ("lorafleet", "ray"):
-        installed = version(package)
+        installed = _get_version(package)
         if metadata.get(package, installed) != installed:
             raise RunError(
                 f"the job was submitted by {package} {metadata[package]}, but this image has "
@@ -96,3 +95,11 @@ def unpack(folder: Path, document: Path) -> Run:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return run
+
+
+def _get_version(package: str) -> str:
+    """Return the installed version of a package."""
+    # Imported here, because it takes a while and most commands do not need it.
+    from importlib.metadata import version
+
+    return version(package)

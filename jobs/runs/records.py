@@ -31,7 +31,8 @@ class Record(BaseModel):
     Values that are not declared are kept: a newer version of lorafleet may have added them.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    # Built on first use: a command reads few of them.
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, defer_build=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that the file had, for writing them again."""

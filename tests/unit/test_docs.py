@@ -122,9 +122,9 @@ def test_the_readmes_job_loads() -> None:
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    from lorafleet.commands.cli import app
+    from lorafleet.commands.cli import build_app
 
-    known = {command.name for command in app.registered_commands}
+    known = {command.name for command in build_app().registered_commands}
     blocks = "\n".join(
         re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     )

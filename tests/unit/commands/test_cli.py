@@ -15,7 +15,7 @@ import pytest
 import typer.main
 
 from lorafleet.cluster.hardware import format_install_hint
-from lorafleet.commands.cli import app
+from lorafleet.commands.cli import build_app
 from lorafleet.jobs.data.hub import describe_missing_files
 from lorafleet.jobs.loading.job_file import load_job
 from tests.conftest import ROOT, lorafleet, lorafleet_here, opinions, write_rows
@@ -57,7 +57,7 @@ def test_no_command_that_reads_imports_torch_or_ray(command: str, tmp_path: Path
 
 
 def _list_commands() -> dict[str, Any]:
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(build_app())
     return dict(group.commands)
 
 
@@ -176,9 +176,9 @@ def test_the_torch_that_fits_a_driver() -> None:
 def test_every_command_takes_runs() -> None:
     from typer.main import get_command
 
-    from lorafleet.commands.cli import app
+    from lorafleet.commands.cli import build_app
 
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = get_command(build_app()).commands  # type: ignore[attr-defined]
     without = [
         name
         for name, made in commands.items()

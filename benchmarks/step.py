@@ -1,11 +1,14 @@
-"""Compare our training step with HF Trainer + PEFT, and measure what its parts save.
+"""Compare our training step with HF Trainer + PEFT and TRL, and measure what its parts save.
 
-    python -m benchmarks.step [--steps 12] [--pairs 5] [--only trainer|loss|full|padding]
+    python -m benchmarks.step [--steps 12] [--pairs 5] [--only trainer|trl|loss|full|padding]
 
 The measure is real tokens per CPU-second: one thread, process CPU time, the two sides in turn (A
 B B A ...), medians.
 Fixed length: every row has 32 tokens, and both sides make the same batches.
 Mixed: real rows in random order for both; ours may group a stretch of steps by length.
+TRL: SmolLM2 on prompts and answers, against SFTTrainer, which groups by length as ours does.
+Peak: operations of a step, 4 for each weight of a matrix and each token, per CPU-second, over those
+of the fastest product of two 768 x 768 matrices here.
 Padding: our own step on real rows of mixed length, grouped against random order, and the gain
 that the padding share promises.
 Loss: chunked against plain cross-entropy behind a frozen head, 2,048 tokens and a vocabulary of
@@ -18,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -29,16 +34,19 @@ import torch
 from benchmarks.peer import describe_machine, make_trainer
 from lorafleet.cluster.fetch import fetch_job
 from lorafleet.evaluation.tokens import Split, TokenData
+from lorafleet.jobs.data.rows import load_rows
 from lorafleet.jobs.loading.job_file import load_job
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials.schedule import Schedule
+from lorafleet.training.cpu import set_up_cpu
 from lorafleet.training.data import BatchPlan, prepare_tokens
 from lorafleet.training.loss import ChunkedNll
 from lorafleet.training.meter import get_peak_memory_gib, reset_peak_memory
-from lorafleet.training.model import Base, load_base
+from lorafleet.training.model import Base, load_base, resolve_safetensors_folder
 from lorafleet.training.session import TrainingSession
 
 ROOT = Path(__file__).parent.parent
+_TRL_STEPS = 8
 
 
 def main() -> None:
@@ -46,9 +54,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--only", choices=["trainer", "loss", "full", "padding"])
+    parser.add_argument("--only", choices=["trainer", "trl", "loss", "full", "padding"])
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    print(describe_machine())  # before the products are replaced: those of the other side
+    set_up_cpu(1)
     print(describe_machine())
     if arguments.only in (None, "loss"):
         compare_losses(arguments.pairs)
@@ -58,15 +67,13 @@ def main() -> None:
         compare_padding(arguments.pairs)
     if arguments.only in (None, "trainer"):
         compare_to_trainer(arguments)
+    if arguments.only in (None, "trl"):
+        compare_to_trl(arguments.pairs)
 
 
 def compare_to_trainer(arguments: argparse.Namespace) -> None:
     """Compare with HF Trainer + PEFT at fixed and mixed lengths."""
-    job = load_job(
-        ROOT / "examples" / "quickstart.yaml", ("train.learning_rate=1e-3", "train.max_steps=1000")
-    ).job
-    fetch_job(job, print)
-    data = prepare_tokens(job)
+    job, data = _load_quickstart()
     base = load_base(job, len(data.labels), torch.device("cpu"))
     steps, batch = arguments.steps, job.train.per_device_train_batch_size
     # our batch plan groups 32 steps at a time: with 32 steps both sides see the same rows
@@ -74,6 +81,111 @@ def compare_to_trainer(arguments: argparse.Namespace) -> None:
     compare("fixed length (32 tokens)", job, fixed, base, steps, arguments.pairs, grouped=False)
     compare("mixed lengths (real rows)", job, data, base, 32, arguments.pairs, grouped=True)
     print(f"batch {batch}, LoRA r {job.lora.lora_r} on {job.lora.lora_target_modules}, MiniLM")
+    rates = [measure_lorafleet(job, data, base, 32, grouped=True) for _ in range(arguments.pairs)]
+    print_share_of_peak("MiniLM as in the quickstart", base, statistics.median(rates))
+
+
+def compare_to_trl(pairs: int) -> None:
+    """Compare with TRL's SFTTrainer on SmolLM2, both grouping by length."""
+    job = load_job(
+        ROOT / "examples" / "instruct-smollm2.yaml",
+        ("train.learning_rate=1e-3", "lora.lora_r=8", "train.max_steps=1000"),
+    ).job.model_copy(update={"search": None})
+    fetch_job(job, print)
+    data = prepare_tokens(job)
+    base = load_base(job, 0, torch.device("cpu"))
+    rates: dict[str, list[float]] = {"ours": [], "TRL SFTTrainer, group_by_length": []}
+    for pair in range(pairs):
+        for side in list(rates)[:: 1 if pair % 2 == 0 else -1]:
+            ours = side == "ours"
+            rates[side].append(
+                measure_lorafleet(job, data, base, _TRL_STEPS, grouped=True)
+                if ours
+                else measure_in_process("measure_trl()")
+            )
+    medians = {side: statistics.median(values) for side, values in rates.items()}
+    print(f"\nSmolLM2, prompts and answers: real tokens per CPU-second, median of {pairs}")
+    for side, values in rates.items():
+        print(
+            f"  {side:<36} {medians[side]:8.0f}  ({min(values):.0f} to {max(values):.0f})  ours / "
+            f"it = {medians['ours'] / medians[side]:.2f}"
+        )
+    print_share_of_peak("SmolLM2", base, medians["ours"])
+
+
+def measure_in_process(call: str) -> float:
+    """Return the result of a call of a function of this module, in a new process.
+
+    Its products are torch's own there, as in the program of a user of the other library.
+    """
+    code = f"from benchmarks import step; print('rate', step.{call})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.rpartition("rate ")[2])
+
+
+def measure_trl() -> float:
+    """Return the real tokens per CPU-second of TRL's SFTTrainer, after one warm-up step."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_num_threads(1)
+    job = load_job(ROOT / "examples" / "instruct-smollm2.yaml", ("lora.lora_r=8",)).job
+    rows = [{"prompt": row.prompt, "completion": row.reference} for row in load_rows(job).train]
+    tokens: list[int] = []
+    marks: list[float] = []
+
+    class Counting(SFTTrainer):
+        def training_step(self, model, inputs, *args):  # type: ignore[no-untyped-def]
+            marks.append(time.process_time())
+            tokens.append(int(inputs["attention_mask"].sum()))
+            return super().training_step(model, inputs, *args)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Counting(
+            model=str(resolve_safetensors_folder(job.model.model_name_or_path, None)),
+            args=SFTConfig(
+                output_dir=scratch,
+                max_steps=_TRL_STEPS + 2,
+                per_device_train_batch_size=job.train.per_device_train_batch_size,
+                learning_rate=1e-3,
+                max_length=job.model.max_length,
+                completion_only_loss=True,
+                train_sampling_strategy="group_by_length",
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            peft_config=LoraConfig(
+                r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        )
+        trainer.train()
+    return sum(tokens[1:-1]) / (marks[-1] - marks[1])
+
+
+def print_share_of_peak(name: str, base: Base, tokens_per_second: float) -> None:
+    """Print the operations per CPU-second of a step, over those of the fastest product here."""
+    weights = sum(
+        module.weight.numel()
+        for path, module in base.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in path
+    )
+    matrix = torch.randn(768, 768)
+    matrix @ matrix
+    started = time.process_time()
+    for _ in range(40):
+        matrix @ matrix
+    peak = 40 * 2 * 768**3 / (time.process_time() - started)
+    share = 4 * weights * tokens_per_second / peak
+    print(
+        f"  {name}: {4 * weights * tokens_per_second / 1e9:.0f} GF per CPU-second of a peak of "
+        f"{peak / 1e9:.0f} ({weights / 1e6:.1f} M weights of matrices): {share:.2f}"
+    )
 
 
 def _cut_to_length(data: TokenData, length: int) -> TokenData:
@@ -137,6 +249,27 @@ def measure_trainer(job: JobSpec, data: TokenData, steps: int, **arguments: obje
     return tokens / (marks[-1][0] - marks[0][0])
 
 
+def measure_trainer_side(steps: int, *, fixed: bool = False, by_length: bool = False) -> float:
+    """Return HF Trainer's rate with the quickstart's model, on one thread.
+
+    Args:
+        fixed: Use rows of 32 tokens, not the real ones.
+        by_length: Let it group rows by length.
+    """
+    torch.set_num_threads(1)
+    job, data = _load_quickstart()
+    arguments = {"train_sampling_strategy": "group_by_length"} if by_length else {}
+    return measure_trainer(job, _cut_to_length(data, 32) if fixed else data, steps, **arguments)
+
+
+def _load_quickstart() -> tuple[JobSpec, TokenData]:
+    """Return the job of the quickstart with a fixed learning rate, and its rows."""
+    overrides = ("train.learning_rate=1e-3", "train.max_steps=1000")
+    job = load_job(ROOT / "examples" / "quickstart.yaml", overrides).job
+    fetch_job(job, print)
+    return job, prepare_tokens(job)
+
+
 def compare(
     title: str, job: JobSpec, data: TokenData, base: Base, steps: int, pairs: int, *, grouped: bool
 ) -> None:
@@ -150,9 +283,9 @@ def compare(
             if side == "ours":
                 rate = measure_lorafleet(job, data, base, steps, grouped=grouped)
             elif side.endswith("group_by_length"):
-                rate = measure_trainer(job, data, steps, train_sampling_strategy="group_by_length")
+                rate = measure_in_process(f"measure_trainer_side({steps}, by_length=True)")
             else:
-                rate = measure_trainer(job, data, steps)
+                rate = measure_in_process(f"measure_trainer_side({steps}, fixed={not grouped})")
             rates_by_side[side].append(rate)
     lorafleet_median = statistics.median(rates_by_side["ours"])
     print(f"\n{title}: real tokens per CPU-second, median of {pairs}, {steps} steps")

@@ -9,7 +9,7 @@ from lorafleet.evaluation.report.search import collect_results
 from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.events import SearchEndedEvent, WarningEvent
-from lorafleet.jobs.runs.run import Run, Trial, TrialState
+from lorafleet.jobs.runs.run import Run, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.tuning.held_out import BASE, get_held_out_split
 
@@ -68,7 +68,11 @@ def _select_finalists(run: Run, last_rungs: Mapping[str, int], chosen: str | Non
         last_rungs: Trial id -> last rung that it reached; -1 for none.
         chosen: Id of the recommended trial.
     """
-    candidates = [trial for trial in run.list_trials() if _can_be_evaluated(trial)]
+    candidates = [
+        trial
+        for trial in run.list_trials()
+        if can_be_evaluated(run, trial.id) and not (trial.path / "test.json").is_file()
+    ]
     highest_rung = max((last_rungs.get(trial.id, -1) for trial in candidates), default=-1)
     return [
         trial.id
@@ -77,13 +81,14 @@ def _select_finalists(run: Run, last_rungs: Mapping[str, int], chosen: str | Non
     ]
 
 
-def _can_be_evaluated(trial: Trial) -> bool:
+def can_be_evaluated(run: Run, name: str) -> bool:
+    """Return whether a model has weights to evaluate. Those of a fold are always deleted."""
+    if name == BASE:
+        return True
+    trial = run.get_trial(name)
     # Trials that stopped early have weights too, of their best evaluation.
-    return (
-        trial.state in (TrialState.FINISHED, TrialState.STOPPED)
-        and trial.weights.is_dir()
-        and not (trial.path / "test.json").is_file()
-    )
+    has_ended = trial.state in (TrialState.FINISHED, TrialState.STOPPED)
+    return has_ended and trial.fold is None and trial.weights.is_dir()
 
 
 def record_unevaluated(run: Run, reasons: Mapping[str, str]) -> None:

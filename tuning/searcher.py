@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from lorafleet.jobs.runs.run import Trial
+from lorafleet.jobs.runs.run import Trial, TrialState
 from lorafleet.tuning.evaluation_queue import EvaluationQueue
 from lorafleet.tuning.trial_queue import NoTrial, TrialQueue, build_config
 
@@ -88,6 +88,9 @@ class ProposalSearcher(Searcher):
         trial = self.open_trials.pop(trial_id, None)
         if trial is not None:
             self.queue.complete(trial)
+            # A trial that was trained to the end is a finalist, whatever the others reach.
+            if trial.state is TrialState.FINISHED and self.evaluations is not None:
+                self.evaluations.add(trial.id)
         name = self.open_evaluations.pop(trial_id, None)
         if name is not None and self.evaluations is not None:
             # Does nothing if the scheduler has recorded a failure.

@@ -160,14 +160,18 @@ class Sweep(TrainingDriver):
     def _search_with_ray(self, attempt: int, data: TokenData) -> None:
         """Run the trials that are left through Ray Tune."""
         from lorafleet.tuning.evaluation_queue import EvaluationQueue
-        from lorafleet.tuning.finalists import list_base, record_unevaluated
+        from lorafleet.tuning.finalists import can_be_evaluated, list_base, record_unevaluated
         from lorafleet.tuning.scheduler import RungScheduler
         from lorafleet.tuning.searcher import ProposalSearcher
 
         is_distributed = self.placement.is_distributed
         evaluations = None
         if self.judges and not is_distributed:
-            evaluations = EvaluationQueue(list_base(self.run), lambda: self._end_search(data))
+            evaluations = EvaluationQueue(
+                list_base(self.run),
+                lambda: self._end_search(data),
+                lambda name: can_be_evaluated(self.run, name),
+            )
         with self._open_search(data, self._compute_max_open()) as (queue, recorder):
             searcher = ProposalSearcher(queue, evaluations, self.placement.slots)
             run_tuner(

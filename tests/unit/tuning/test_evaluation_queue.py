@@ -64,3 +64,27 @@ def test_a_failure_costs_the_numbers_of_its_model() -> None:
     queue.complete("a")
     assert queue.is_empty()
     assert queue.failed == {"base": "ValueError: no"}
+
+
+def test_a_finished_trial_is_evaluated_while_others_still_train() -> None:
+    queue = make_queue("a", "b")
+    assert queue.take(search_is_over=False) == ("base", 1)
+    queue.add("a")
+    queue.add("a")
+    assert queue.take(search_is_over=False) == ("a", 1)
+    queue.complete("a")
+    assert queue.take(search_is_over=True) == ("b", 1)
+    assert queue.take(search_is_over=True) is None
+
+
+def test_a_trial_whose_weights_were_deleted_is_left_out() -> None:
+    deleted: set[str] = set()
+    queue = EvaluationQueue([], lambda: ["c"], lambda name: name not in deleted)
+    for name in ("a", "b"):
+        queue.add(name)
+    assert queue.take(search_is_over=False) == ("a", 1)
+    deleted |= {"a", "b"}
+    queue.complete("a", "FileNotFoundError: adapter_config.json")
+    assert queue.failed == {}
+    assert queue.take(search_is_over=False) is None
+    assert queue.take(search_is_over=True) == ("c", 1)

@@ -197,8 +197,8 @@ def list_notes(report: Report) -> list[str]:
         return all_notes + list_arm_notes(report)
     if report.held_out == "test" and any(row.test_metrics for row in report.trials):
         all_notes.append(
-            "The search and the selection used the validation rows; the test rows were evaluated "
-            "once, afterwards."
+            "The search and the selection used the validation rows only. Each model was evaluated "
+            "on the test rows once, which decided nothing."
         )
     all_notes.append(
         "Square brackets are 95 % intervals over rows (not over seeds). Baselines, and metrics "

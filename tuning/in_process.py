@@ -6,6 +6,7 @@ the supervisor (`cluster/execution/supervisor.py`) starts the driver again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lorafleet.cluster.execution.supervisor import RestartNeeded
@@ -23,13 +24,17 @@ from lorafleet.tuning.trial_queue import NoTrial, TrialQueue, build_config
 from lorafleet.tuning.trial_run import Work
 
 
-def run_trials(host: TrialHost, queue: TrialQueue, recorder: Recorder) -> None:
+def run_trials(
+    host: TrialHost, queue: TrialQueue, recorder: Recorder, on_report: Callable[[], None]
+) -> None:
     """Train the trials of a queue, one after another.
 
     Args:
         host: A host that has no trial yet.
         queue: At most one of its trials is open at a time.
         recorder: Receives every report.
+        on_report: Called after each report, which is at least every 15 seconds while a trial
+            trains.
 
     Raises:
         RestartNeeded: This process must not take another trial.
@@ -45,13 +50,14 @@ def run_trials(host: TrialHost, queue: TrialQueue, recorder: Recorder) -> None:
         else:
             host.set_trial(config)
         is_first = False
-        _run_trial(host, trial, recorder)
+        _run_trial(host, trial, recorder, on_report)
         queue.complete(trial)
-        queue.should_stop()  # records the time spent
     host.close()
 
 
-def _run_trial(host: TrialHost, trial: Trial, recorder: Recorder) -> None:
+def _run_trial(
+    host: TrialHost, trial: Trial, recorder: Recorder, on_report: Callable[[], None]
+) -> None:
     """Train a trial until it ends, or until its report says that it continues later."""
     continues = True
     while continues:
@@ -61,6 +67,7 @@ def _run_trial(host: TrialHost, trial: Trial, recorder: Recorder) -> None:
             recorder.record_crash(trial, error.failure)
             raise RestartNeeded(error.failure.sentence) from error
         continues = recorder.record(trial, report)
+        on_report()
 
 
 def evaluate_in_process(

@@ -155,7 +155,7 @@ class Sweep(TrainingDriver):
         from lorafleet.tuning.in_process import run_trials
 
         with self._open_search(data, max_open=1) as (queue, recorder):
-            run_trials(host, queue, recorder)
+            run_trials(host, queue, recorder, self._record_wall_seconds)
 
     def _search_with_ray(self, attempt: int, data: TokenData) -> None:
         """Run the trials that are left through Ray Tune."""

@@ -308,19 +308,19 @@ def fit_placement(placement: Placement, nodes: Sequence[Node]) -> tuple[Placemen
         PlacementRefused: No trial fits.
     """
     nodes = select_labelled_nodes(nodes, placement.labels)
-    possible = count_concurrent_trials(nodes, placement.share)
+    need = placement.share
+    possible = count_concurrent_trials(nodes, need)
     if possible < placement.slots and placement.has_auto_cpus:
         workers_per_node = placement.workers // placement.num_nodes
-        share = placement.share._replace(cpus=workers_per_node)
-        possible = count_concurrent_trials(nodes, share)
+        need = need._replace(cpus=workers_per_node)
+        possible = count_concurrent_trials(nodes, need)
         slots = max(1, min(possible, placement.slots))
-        cpus = _divide_cpus(nodes, share, workers_per_node, slots) if possible else 1
+        cpus = _divide_cpus(nodes, need, workers_per_node, slots) if possible else 1
         placement = placement.model_copy(update={"cpus_per_worker": cpus})
     if possible >= placement.slots:
         return placement, None
     summary = (
-        f"each trial needs {placement.share}; the cluster has room for "
-        f"{format_count(possible, 'such group')}"
+        f"each trial needs {need}; the cluster has room for {format_count(possible, 'such group')}"
     )
     if not possible:
         raise PlacementRefused(f"{summary} ({_describe_nodes(nodes)})")

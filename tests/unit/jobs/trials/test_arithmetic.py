@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -207,6 +208,54 @@ def test_trials_share_a_machine_by_what_is_scarcest(bert_job: JobMaker) -> None:
         ).slots
         == 2
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "trials", "slots", "cpus"),
+    [
+        ({}, 1, 1, 4),  # a training alone has the whole machine
+        ({}, 2, 2, 2),
+        ({}, 3, 3, 1),
+        ({}, 10, 4, 1),
+        ({"search__max_concurrent_trials": 2}, 10, 2, 2),
+        ({"resources__workers_per_node": 2}, 1, 1, 2),
+        ({"resources__workers_per_node": 3}, 1, 1, 1),
+        ({"resources__cpus_per_worker": 3}, 1, 1, 3),
+        ({"resources__cpus_per_worker": 1}, 1, 1, 1),
+    ],
+)
+def test_the_cores_are_divided_by_the_trials_that_run_at_once(
+    bert_job: JobMaker, changes: dict[str, Any], trials: int, slots: int, cpus: int
+) -> None:
+    placement = compute_placement(bert_job(ASHA, **changes).job, LAPTOP, trials, 1.0)
+    assert (placement.slots, placement.cpus_per_worker) == (slots, cpus)
+    assert placement.has_auto_cpus is ("resources__cpus_per_worker" not in changes)
+
+
+def test_the_cores_beside_gpus_are_divided_too(bert_job: JobMaker) -> None:
+    placement = compute_placement(bert_job(ASHA).job, BOX, 10, 1.0)
+    assert (placement.slots, placement.cpus_per_worker) == (4, 8)
+    cluster = RaySite(address="auto", nodes=machines((0, 0), (8, 4), (6, 4)))
+    placement = compute_placement(bert_job(ASHA).job, cluster, 10, 1.0)
+    assert (placement.slots, placement.cpus_per_worker) == (8, 1)
+    placement = compute_placement(bert_job(ASHA).job, cluster, 4, 1.0)
+    assert (placement.slots, placement.cpus_per_worker) == (4, 3)
+
+
+def test_machines_with_fewer_cores_than_promised_get_smaller_shares(bert_job: JobMaker) -> None:
+    """A share of the cores is no need: the trials run with fewer."""
+    promised = RaySite(address="auto", nodes=machines((16, 4), (16, 4)))
+    placement = compute_placement(bert_job(ASHA).job, promised, 10, 1.0)
+    assert (placement.slots, placement.cpus_per_worker) == (8, 4)
+    found, notice = fit_placement(placement, machines((15, 4), (12, 4)))
+    assert (found.slots, found.cpus_per_worker, notice) == (8, 3, None)
+    found, notice = fit_placement(placement, machines((15, 4)))
+    assert (found.slots, found.cpus_per_worker) == (4, 3)
+    assert notice is not None
+    needed = compute_placement(bert_job(ASHA, resources__cpus_per_worker=4).job, promised, 10, 1.0)
+    found, notice = fit_placement(needed, machines((15, 4), (12, 4)))
+    assert (found.slots, found.cpus_per_worker) == (6, 4)
+    assert notice is not None
 
 
 def test_gpus_are_used_where_they_are(bert_job: JobMaker) -> None:

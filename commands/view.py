@@ -21,8 +21,7 @@ from lorafleet.jobs.runs.events import SearchEndedEvent, SearchEvent
 from lorafleet.jobs.runs.records import MetricsRow, raise_damaged_file
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.metrics import is_better
-from lorafleet.jobs.schema.search import FOLD
-from lorafleet.jobs.schema.types import Goal
+from lorafleet.jobs.schema.types import FOLD, Goal
 from lorafleet.jobs.text import format_count
 
 if TYPE_CHECKING:

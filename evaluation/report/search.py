@@ -37,7 +37,7 @@ from lorafleet.jobs.runs.report import Baseline, Failure, Intervals, Report, Row
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
-from lorafleet.jobs.schema.search import FOLD
+from lorafleet.jobs.schema.types import FOLD
 from lorafleet.jobs.schema.validation_messages import describe_unreadable_file
 from lorafleet.jobs.trials.sampling import remove_fold
 

@@ -44,8 +44,7 @@ from lorafleet.jobs.runs.records import (
 )
 from lorafleet.jobs.runs.tracebacks import set_current_run
 from lorafleet.jobs.runs.trust import record_own_run
-from lorafleet.jobs.schema.search import FOLD
-from lorafleet.jobs.schema.types import Assignment
+from lorafleet.jobs.schema.types import FOLD, Assignment
 from lorafleet.jobs.user import load_user_config
 
 State = TypeVar("State", bound=StrEnum)

@@ -29,7 +29,6 @@ Distribution = Literal[
 Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """How much of a metric may be lost, in the metric's own unit."""
 SEED = "train.seed"
-FOLD = "data.fold"
 
 
 class Parameter(Spec):

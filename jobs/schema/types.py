@@ -16,3 +16,5 @@ Scalar = bool | int | float | str
 """A value that a search can set."""
 Assignment = dict[str, Scalar]
 """Dotted field -> the value that one trial uses for it."""
+FOLD = "data.fold"
+"""Field of an assignment: the fold of a cross-validation that a trial holds back."""

@@ -18,8 +18,8 @@ from lorafleet.jobs.schema import expressions as expression
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.aliases import get_foreign_hint
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.schema.search import FOLD, SEED, Parameter, SearchSpec
-from lorafleet.jobs.schema.types import Assignment, Scalar
+from lorafleet.jobs.schema.search import SEED, Parameter, SearchSpec
+from lorafleet.jobs.schema.types import FOLD, Assignment, Scalar
 from lorafleet.jobs.schema.validation_messages import list_problems
 
 STARTUP_TRIALS = 10

@@ -37,6 +37,8 @@ class ProposalSearcher(Searcher):
         self.open_trials: dict[str, Trial] = {}
         self.open_evaluations: dict[str, str] = {}
         self.standbys: set[str] = set()
+        self.idle_actors = 0
+        """Actors that have ended a task, and were given no other one."""
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -52,6 +54,13 @@ class ProposalSearcher(Searcher):
         Args:
             trial_id: Tune's id, which `on_trial_complete` receives again.
         """
+        task = self._take_task(trial_id)
+        if isinstance(task, dict):
+            self.idle_actors = max(0, self.idle_actors - 1)
+        return task
+
+    def _take_task(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return what `suggest` returns."""
         trial = self.queue.take()
         if isinstance(trial, Trial):
             self.open_trials[trial_id] = trial
@@ -67,7 +76,9 @@ class ProposalSearcher(Searcher):
             return {"evaluation": evaluation[0], "attempt": attempt}
         if self.evaluations.is_empty():
             return Searcher.FINISHED
-        if self._count_tasks() < self.slots:
+        # Only for an actor that is there: another one would need resources, which an autoscaler
+        # might add.
+        if self.idle_actors and self._count_tasks() < self.slots:
             self.standbys.add(trial_id)
             return {"standby": True}
         return None
@@ -75,15 +86,21 @@ class ProposalSearcher(Searcher):
     def _count_tasks(self) -> int:
         return len(self.open_trials) + len(self.open_evaluations) + len(self.standbys)
 
+    def is_over(self) -> bool:
+        """Return whether all trials and evaluations have ended; standby tasks do not count."""
+        is_busy = self.open_trials or self.open_evaluations
+        return self.evaluations is not None and self.evaluations.is_empty() and not is_busy
+
     def needs_standby(self) -> bool:
         """Return whether a standby task must go on: no other task waits for its actor."""
-        is_over = self.evaluations is None or self.evaluations.is_empty() or self.queue.is_stopped
-        return not is_over and self._count_tasks() <= self.slots
+        has_end = self.evaluations is None or self.evaluations.is_empty() or self.queue.is_stopped
+        return not has_end and self._count_tasks() <= self.slots
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Hand a task back to its queue. The scheduler has recorded its outcome before."""
+        self.idle_actors += not error
         self.standbys.discard(trial_id)
         trial = self.open_trials.pop(trial_id, None)
         if trial is not None:

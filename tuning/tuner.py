@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def run_tuner(
         run: The run; Tune's own files are below its `tune/`.
         attempt: Number of the attempt, which names Tune's experiment.
         trainable: What Tune runs for each trial.
-        searcher: It proposes trials and ends the search.
+        searcher: The `ProposalSearcher`, which ends the search.
         scheduler: It records results and stops trials.
         stop_file: The file that asks the run to stop.
         reuse_actors: Keep the process of a trial for the next one.
@@ -60,7 +60,7 @@ def run_tuner(
             checkpoint_config=tune.CheckpointConfig(
                 checkpoint_frequency=0, checkpoint_at_end=False
             ),
-            stop=_build_stopper(run, stop_file),
+            stop=_build_stopper(run, stop_file, searcher.is_over),
             verbose=0,
         ),
     )
@@ -83,8 +83,8 @@ def record_leaked_groups(run: Run) -> None:
     run.add_event(RayLeftEvent(placement_groups=len(leaked)))
 
 
-def _build_stopper(run: Run, path: Path) -> Any:
-    """Return Tune's stopper for the stop file.
+def _build_stopper(run: Run, path: Path, is_over: Callable[[], bool]) -> Any:
+    """Return Tune's stopper for the stop file, and for the end of the search.
 
     Trials check the file themselves, save and end. Tune would kill an actor after ten
     seconds, so this stopper ends the search only when no trial runs (all may wait for
@@ -92,6 +92,8 @@ def _build_stopper(run: Run, path: Path) -> Any:
 
     Args:
         path: The stop file.
+        is_over: Returns whether nothing is left to do. Tasks of the searcher that still wait for
+            machines are then given up.
     """
     from ray.tune.stopper import Stopper
 
@@ -102,6 +104,8 @@ def _build_stopper(run: Run, path: Path) -> Any:
             return False
 
         def stop_all(self) -> bool:
+            if is_over():
+                return True
             try:
                 age = time.time() - path.stat().st_mtime
             except FileNotFoundError:

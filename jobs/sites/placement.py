@@ -16,7 +16,7 @@ from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.job import JobSpec, ResourcesSpec
 from lorafleet.jobs.schema.types import Strategy
-from lorafleet.jobs.sites.base import LocalSite, Node, Site
+from lorafleet.jobs.sites.base import LocalSite, Node, RaySite, Site
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.jobs.sites.slurm import SlurmSite
 from lorafleet.jobs.text import format_count
@@ -196,7 +196,7 @@ def compute_placement(
     return Placement(
         workers=resources.world_size,
         num_nodes=resources.num_nodes,
-        cpus_per_worker=_choose_cpus(resources, nodes, share, slots),
+        cpus_per_worker=_choose_cpus(resources, site, nodes, share, slots),
         has_auto_cpus=resources.cpus_per_worker == "auto",
         gpus_per_worker=gpus,
         labels=resources.label_selector,
@@ -207,15 +207,19 @@ def compute_placement(
     )
 
 
-def _choose_cpus(resources: ResourcesSpec, nodes: Sequence[Node], share: Share, slots: int) -> int:
+def _choose_cpus(
+    resources: ResourcesSpec, site: Site, nodes: Sequence[Node], share: Share, slots: int
+) -> int:
     """Return the CPU cores of each training process.
+
+    A Ray cluster that runs already may have other users: of it, no more is taken than needed.
 
     Args:
         share: What a trial needs at least.
         slots: Trials that run at once.
     """
-    if resources.cpus_per_worker != "auto":
-        return resources.cpus_per_worker
+    if resources.cpus_per_worker != "auto" or isinstance(site, RaySite):
+        return resources.min_cpus_per_worker
     return _divide_cpus(nodes, share, resources.workers_per_node, slots)
 
 

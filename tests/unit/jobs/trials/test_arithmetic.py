@@ -235,18 +235,22 @@ def test_the_cores_are_divided_by_the_trials_that_run_at_once(
 def test_the_cores_beside_gpus_are_divided_too(bert_job: JobMaker) -> None:
     placement = compute_placement(bert_job(ASHA).job, BOX, 10, 1.0)
     assert (placement.slots, placement.cpus_per_worker) == (4, 8)
+    placement = compute_placement(bert_job(ASHA).job, BOX, 3, 1.0)
+    assert (placement.slots, placement.cpus_per_worker) == (3, 10)
+
+
+def test_a_cluster_that_others_may_use_gives_what_is_needed(bert_job: JobMaker) -> None:
     cluster = RaySite(address="auto", nodes=machines((0, 0), (8, 4), (6, 4)))
-    placement = compute_placement(bert_job(ASHA).job, cluster, 10, 1.0)
-    assert (placement.slots, placement.cpus_per_worker) == (8, 1)
     placement = compute_placement(bert_job(ASHA).job, cluster, 4, 1.0)
-    assert (placement.slots, placement.cpus_per_worker) == (4, 3)
+    assert (placement.slots, placement.cpus_per_worker) == (4, 1)
 
 
 def test_machines_with_fewer_cores_than_promised_get_smaller_shares(bert_job: JobMaker) -> None:
     """A share of the cores is no need: the trials run with fewer."""
     promised = RaySite(address="auto", nodes=machines((16, 4), (16, 4)))
     placement = compute_placement(bert_job(ASHA).job, promised, 10, 1.0)
-    assert (placement.slots, placement.cpus_per_worker) == (8, 4)
+    assert placement.slots == 8
+    placement = placement.model_copy(update={"cpus_per_worker": 4})  # as on nodes of one's own
     found, notice = fit_placement(placement, machines((15, 4), (12, 4)))
     assert (found.slots, found.cpus_per_worker, notice) == (8, 3, None)
     found, notice = fit_placement(placement, machines((15, 4)))

@@ -183,7 +183,8 @@ def die_with(parent: int) -> None:
 def _end_like(status: int) -> None:
     """End this process as the driver ended: with its exit code, or by the same signal."""
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if -status != signal.SIGKILL:  # it has no handler, and none can be set
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 

@@ -131,7 +131,7 @@ def test_a_killed_driver_is_not_started_again(bert_job: JobMaker, place: Path) -
     wait_for(lambda: any(t.checkpoint.is_dir() for t in run.list_trials()))
     psutil.Process(run.read_status().pid).kill()
     shown, _ = process.communicate(timeout=60)
-    assert process.returncode != ExitCode.OK
+    assert process.returncode == ExitCode.INTERRUPTED, shown
     assert "continue it with `lorafleet resume" in shown
     time.sleep(1)
     assert not run.is_alive()

@@ -85,6 +85,14 @@ def test_the_supervisor_ends_as_the_last_driver_ended(tmp_path: Path) -> None:
     assert starts(run) == ["None", "worker_lost", "worker_lost"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_supervisor_dies_of_the_same_signal(tmp_path: Path, number: int) -> None:
+    run = make_run(tmp_path)
+    code = f"signal.signal({int(number)}, signal.SIG_DFL) if {int(number)} != 9 else None"
+    assert supervise(run, f"{code}; os.kill(os.getpid(), {int(number)})").wait(60) == -number
+    assert starts(run) == ["None"]
+
+
 def test_a_driver_that_dies_while_nothing_trains_is_not_started_again(tmp_path: Path) -> None:
     run = make_run(tmp_path, TrialState.PENDING)
     assert supervise(run, "os.kill(os.getpid(), signal.SIGSEGV)").wait(60) == -signal.SIGSEGV

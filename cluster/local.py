@@ -1,6 +1,7 @@
 """The local backend: a run is a child process, `lorafleet exec RUN`.
 
-The process has its own Ray, or uses the one that RAY_ADDRESS names.
+The process trains itself, has its own Ray, or uses the one that RAY_ADDRESS names. If it may die of
+what it trains, `exec` divides into a supervisor, which is the child, and the driver.
 """
 
 from __future__ import annotations

@@ -45,15 +45,19 @@ def execute(
     if job is not None:
         selected_run = _unpack_run(run.absolute(), job)
     from lorafleet.cluster.execution.allocation import get_allocation
-    from lorafleet.cluster.execution.supervisor import fork_driver
+    from lorafleet.cluster.execution.supervisor import RESTART_STATUS
 
     if (
         job is None and not get_allocation()
     ):  # inside an allocation the submitter has already confirmed
         confirm_trust(selected_run, "exec", trust=trust)
     try:
-        restart = fork_driver(selected_run) if _is_supervised(selected_run, job) else None
+        restart = _fork_supervised(selected_run) if job is None else None
         code = _create_driver(selected_run, restart).execute()
+        if code == RESTART_STATUS:
+            # Without the usual clean-up: this process may have lost its GPU.
+            sys.stderr.flush()
+            os._exit(code)
     # In a Slurm job this is normal: the queue may start a job again while its first start is alive.
     # The code tells the batch script that the run is not over.
     except HasDriver as error:
@@ -64,13 +68,25 @@ def execute(
     raise typer.Exit(code if job is None else _convert_exit_code(selected_run, code))
 
 
-def _is_supervised(run: Run, document: Path | None) -> bool:
-    """Return whether the driver may train in its own process, and die of it.
+def _fork_supervised(run: Run) -> Restart | None:
+    """Fork the driver if it trains or evaluates in its own process, and may die of it.
 
-    On a cluster, other processes train, and its queue starts a driver again.
+    Where Ray runs the trials and evaluations, the driver survives them.
+
+    Returns:
+        In the driver: why its supervisor has started it again, or None.
     """
-    trains = run.read_plan().command in ("train", "sweep", "compare")
-    return trains and document is None and not os.environ.get("RAY_ADDRESS")
+    from lorafleet.cluster.execution.supervisor import fork_driver
+    from lorafleet.jobs.sites.placement import Placement
+
+    plan = run.read_plan()
+    if plan.command not in ("train", "sweep", "compare") or os.environ.get("RAY_ADDRESS"):
+        return None
+    placement = Placement.model_validate(plan.placement)
+    trains = plan.command != "compare" and placement.fits_one_process
+    if trains or plan.command == "compare" or placement.is_distributed:
+        return fork_driver(run, trains=trains)
+    return None
 
 
 def _create_driver(run: Run, restart: Restart | None) -> Driver:

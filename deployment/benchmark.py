@@ -29,7 +29,6 @@ from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.export_result import Parity, ParityMeasurement, read_record
 from lorafleet.jobs.runs.report import Arm, Recommendation, Report
 from lorafleet.jobs.schema.export import TARGET_DESCRIPTIONS, TARGETS
-from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.training.data import prepare_tokens
 from lorafleet.training.model import resolve_safetensors_folder
 
@@ -93,7 +92,8 @@ def build_variants(
             f"{out} has no {SUMMARY}: run `lorafleet export` first, or name the folder of an "
             "export with --export"
         )
-    measured_job = _make_comparable_job(selected.job, settings)
+    # A base in bfloat16 or with quantised arithmetic would be compared with float32 targets.
+    measured_job = convert_to_float32(selected.job)
     data = prepare_tokens(measured_job)
     forget_rows()
     split = "validation" if data.chosen_on_test else "test"
@@ -243,15 +243,6 @@ def _check_batch_lengths(selected: SelectedModel, settings: BenchmarkSettings) -
         raise UserError(
             f"--lengths has {longest}, but the model has only {positions} positions{answer_note}"
         )
-
-
-def _make_comparable_job(job: JobSpec, settings: BenchmarkSettings) -> JobSpec:
-    """Return the job with the thread count of all variants, computing in float32 as they do.
-
-    A base in bfloat16 or with quantised arithmetic would be compared with float32 targets
-    otherwise.
-    """
-    return convert_to_float32(job)
 
 
 def read_max_positions(name: str, revision: str | None) -> int | None:

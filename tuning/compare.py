@@ -66,6 +66,7 @@ class Comparison(TrainingDriver):
 
     def _run_attempt(self, attempt: int) -> ExitCode:
         self._record_phase("reading data")
+        self._prepare_process()
         data = self._read_data()
         try:
             self._measure_paces(attempt, data)
@@ -137,7 +138,9 @@ class Comparison(TrainingDriver):
                 self._check_stop()
                 job = arms.build_arm_job(self.job, name)
                 tokens = self._get_tokens_folder(job, data)
-                seconds = measure_seconds_per_row(self, job, tokens, measure)
+                placement = self.plan.placements.get(name, {})
+                threads = placement.get("cpus_per_worker", self.placement.cpus_per_worker)
+                seconds = measure_seconds_per_row(self, job, tokens, measure, threads)
                 files.write_json(
                     self.run.get_arm(name).path / _PACE_FILE, {"seconds_per_row": seconds}
                 )
@@ -268,16 +271,23 @@ class Comparison(TrainingDriver):
             from lorafleet.tuning.evaluation_pool import evaluate_in_pool
 
             return evaluate_in_pool(work, evaluations, self.placement.slots)
+        from lorafleet.training.meter import free_unused_memory
+        from lorafleet.training.model import resolve_device
         from lorafleet.tuning.base_cache import BaseCache
         from lorafleet.tuning.in_process import evaluate_in_process
 
-        return evaluate_in_process(
+        bases = BaseCache(work.gpus)
+        failed = evaluate_in_process(
             work,
-            BaseCache(work.gpus),
+            bases,
             evaluations,
             threads=self._compute_cores(),
             is_restart=self.restart is not None,
         )
+        # The processes that are measured next need the memory.
+        bases.drop()
+        free_unused_memory(resolve_device(work.gpus))
+        return failed
 
     @contextlib.contextmanager
     def _open_measurement(self, attempt: int) -> Iterator[Measure]:
@@ -288,7 +298,6 @@ class Comparison(TrainingDriver):
         from lorafleet.tuning.inference_speed import build_local_measure, build_ray_measure
 
         if self.evaluates_in_process:
-            self._prepare_process()
             yield build_local_measure(self)
             return
         with self._open_ray(attempt) as ray_session:
@@ -419,11 +428,7 @@ class Comparison(TrainingDriver):
             wall_seconds=self._compute_wall_seconds(),
         )
         write_report(self.run)
-        # SIGTERM, SIGUSR1 and SIGHUP usually come from a queue or a supervisor, which may start the
-        # run again.
-        return (
-            ExitCode.INTERRUPTED if self.stop_signal in (None, signal.SIGINT) else ExitCode.REQUEUE
-        )
+        return self._get_stop_code()
 
     def _finish(self) -> ExitCode:
         """Write the report, record the final state, and return the exit code.

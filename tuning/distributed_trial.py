@@ -87,7 +87,7 @@ def _run_worker(config: dict[str, Any]) -> None:
     work: Work = config["work"]
     # Threads of several processes on the same cores slow each other down many times.
     os.chdir(work.run)
-    set_up_cpu(work.threads)
+    set_up_cpu(config["trial"]["threads"])
     data = open_tokens(Path(work.tokens))
     device = resolve_device(work.gpus)
     if device.type == "cuda":

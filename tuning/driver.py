@@ -1,4 +1,4 @@
-"""Drive a run that trains: a driver with its own Ray, or connected to an existing one."""
+"""Drive a run that trains: without Ray, with a Ray of its own, or on an existing cluster."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ class TrainingDriver(Driver):
         It does where nothing would run beside it: one process for a trial, and one trial at a
         time, on this machine.
         """
-        placement = self.placement
-        return not self.is_on_cluster and not placement.is_distributed and placement.slots == 1
+        return not self.is_on_cluster and self.placement.fits_one_process
 
     @property
     def evaluates_in_process(self) -> bool:

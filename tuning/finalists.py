@@ -68,16 +68,13 @@ def _select_finalists(run: Run, last_rungs: Mapping[str, int], chosen: str | Non
         last_rungs: Trial id -> last rung that it reached; -1 for none.
         chosen: Id of the recommended trial.
     """
-    candidates = [
-        trial
-        for trial in run.list_trials()
-        if can_be_evaluated(run, trial.id) and not (trial.path / "test.json").is_file()
-    ]
+    candidates = [trial for trial in run.list_trials() if can_be_evaluated(run, trial.id)]
     highest_rung = max((last_rungs.get(trial.id, -1) for trial in candidates), default=-1)
     return [
         trial.id
         for trial in candidates
-        if trial.id == chosen or last_rungs.get(trial.id, -1) >= highest_rung
+        if (trial.id == chosen or last_rungs.get(trial.id, -1) >= highest_rung)
+        and not (trial.path / "test.json").is_file()
     ]
 
 

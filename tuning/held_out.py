@@ -148,16 +148,19 @@ class Evaluator:
         folder = Path(evaluation.folder)
         folder.mkdir(parents=True, exist_ok=True)
         stacks = evaluation.get_stacks_path(attempt)
+        stacks.touch()  # also without a watchdog: `count_lost_processes` counts it
         self.watchdog = Watchdog(stacks, 60 * self.work.job.retries.hang_minutes)
         self.watchdog.reset(setting_up=True)
-        if self.data is None or str(self.data.folder) != evaluation.tokens:
-            self.data = open_tokens(Path(evaluation.tokens))
         try:
+            if self.data is None or str(self.data.folder) != evaluation.tokens:
+                self.data = open_tokens(Path(evaluation.tokens))
             results_by_split = self._evaluate_splits(evaluation, self.data)
         except _StopRequested:
             return False
         finally:
             self.watchdog.close()
+            if stacks.exists() and not stacks.stat().st_size:
+                stacks.unlink()
         record: dict[str, Any] = {
             "seconds": time.monotonic() - started_at,
             "base_loads": self.bases.loads,

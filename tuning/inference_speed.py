@@ -61,13 +61,16 @@ def build_ray_measure(comparison: Any) -> Measure:
     return measure
 
 
-def measure_seconds_per_row(comparison: Any, job: JobSpec, tokens: str, measure: Measure) -> float:
+def measure_seconds_per_row(
+    comparison: Any, job: JobSpec, tokens: str, measure: Measure, threads: int
+) -> float:
     """Return the training time of a row in seconds, measured with the resources of a trial.
 
     Args:
         comparison: The driver.
         job: The arm's job.
         tokens: Folder of the rows, tokenised for the arm's model.
+        threads: CPU threads of the arm's trials.
 
     Raises:
         RunError: The measurement fails.
@@ -75,7 +78,7 @@ def measure_seconds_per_row(comparison: Any, job: JobSpec, tokens: str, measure:
     gpus = comparison.placement.gpus_per_worker
     request = {"what": "pace", "job": job.model_dump(mode="json"), "tokens": tokens, "gpus": gpus}
     try:
-        return float(measure(request, comparison.placement.cpus_per_worker)["seconds_per_row"])
+        return float(measure(request, threads)["seconds_per_row"])
     except RuntimeError as error:
         raise RunError(f"the speed of {job.method} could not be measured: {error}") from error
 

@@ -52,7 +52,7 @@ class Listener(Protocol):
 class Ledger:
     """Record of a sweep: scores by rung, and the decision on each report of a trial.
 
-    One ledger per attempt, in the driver. `RungScheduler` calls it for each result,
+    One ledger per attempt, in the driver. `Recorder` calls it for each result,
     `SearchThenSeeds` asks it for the best configuration. It caches only what it can rebuild
     from the run's files.
 

@@ -1,6 +1,6 @@
 """Choose the next configuration, from a seeded list or Optuna's TPE. None is tried twice.
 
-Proposals know nothing of Tune and of trials on disk. `ProposalSearcher` asks them for
+Proposals know nothing of Tune and of trials on disk. `TrialQueue` asks them for
 assignments and reports outcomes, including those of earlier attempts.
 """
 

@@ -50,7 +50,7 @@ class RungScheduler(FIFOScheduler):
     ) -> str:
         """Record the result, then return CONTINUE or STOP."""
         if "standby" in trial.config:
-            goes_on = self.searcher.needs_standby()
+            goes_on = self.searcher.needs_standby() and not _has_waiting_task(tune_controller)
             return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
         if "evaluation" in trial.config:
             evaluated = EvaluationReport.from_result(result)
@@ -109,3 +109,11 @@ class RungScheduler(FIFOScheduler):
     def _get_run_trial(self, trial: TuneTrial) -> Trial:
         """Return the run's trial for one of Tune's trials."""
         return self.run.get_trial(trial.config["trial_id"])
+
+
+def _has_waiting_task(tune_controller: Any) -> bool:
+    """Return whether a trial or an evaluation waits for an actor."""
+    return any(
+        trial.status == TuneTrial.PENDING and "standby" not in trial.config
+        for trial in tune_controller.get_trials()
+    )

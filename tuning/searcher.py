@@ -72,8 +72,9 @@ class ProposalSearcher(Searcher):
         search_is_over = trial is NoTrial.END and not self.open_trials
         evaluation = self.evaluations.take(search_is_over=search_is_over)
         if evaluation is not None:
-            self.open_evaluations[trial_id], attempt = evaluation
-            return {"evaluation": evaluation[0], "attempt": attempt}
+            name, attempt = evaluation
+            self.open_evaluations[trial_id] = name
+            return {"evaluation": name, "attempt": attempt}
         if self.evaluations.is_empty():
             return Searcher.FINISHED
         # Only for an actor that is there: another one would need resources, which an autoscaler
@@ -92,16 +93,21 @@ class ProposalSearcher(Searcher):
         return self.evaluations is not None and self.evaluations.is_empty() and not is_busy
 
     def needs_standby(self) -> bool:
-        """Return whether a standby task must go on: no other task waits for its actor."""
-        has_end = self.evaluations is None or self.evaluations.is_empty() or self.queue.is_stopped
-        return not has_end and self._count_tasks() <= self.slots
+        """Return whether actors may still be needed."""
+        return (
+            self.evaluations is not None
+            and not self.evaluations.is_empty()
+            and not self.queue.is_stopped
+        )
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Hand a task back to its queue. The scheduler has recorded its outcome before."""
-        self.idle_actors += not error
-        self.standbys.discard(trial_id)
+        if trial_id in self.standbys:
+            self.standbys.remove(trial_id)  # another task takes its actor
+        elif not error:
+            self.idle_actors += 1
         trial = self.open_trials.pop(trial_id, None)
         if trial is not None:
             self.queue.complete(trial)

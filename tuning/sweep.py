@@ -1,7 +1,7 @@
 """Run a search from its run folder to its report. `train` is a search of one assignment.
 
-Every attempt reads the run's own files and starts a new Tuner with the trials that have
-not ended. Tune's snapshots are not used.
+Every attempt reads the run's own files and continues with the trials that have not ended.
+Tune's snapshots are not used.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ class Sweep(TrainingDriver):
                     check_nodes(self.run.path, data.folder, self.job)
                 if not self.stop_file.exists():
                     self._search_with_ray(attempt, data)
-                is_cluster = not self.evaluates_in_process
-                if self._must_evaluate_groups and is_cluster:
+                uses_pool = not self.evaluates_in_process
+                if self._must_evaluate_groups and uses_pool:
                     self._evaluate_in_pool(data)
-        if self._must_evaluate_groups and not is_cluster:
+        if self._must_evaluate_groups and not uses_pool:
             self._evaluate_in_process(data)
 
     @property
@@ -204,7 +204,7 @@ class Sweep(TrainingDriver):
 
         ledger, budget = Ledger(self.run, self.job, self.searching), self._build_budget()
         recorder = Recorder(ledger, budget.describe_spent, self._handle_full_disk)
-        if self.restart is not None:
+        if self.restart is not None and self.trains_in_process:
             record_lost_driver(recorder, self.restart.failure)
         ledger.apply_due_decisions()
         assignments = list_planned_assignments(self._searched_job, self._compute_trial_id)
@@ -442,8 +442,8 @@ class Sweep(TrainingDriver):
     def _should_stop(self, budget: Budget, machines: MachineWatch) -> bool:
         """Return whether no further trial may start.
 
-        Tune asks many times a second, so this is also where the driver records its time and
-        looks at its machines.
+        Called before each trial; Tune asks many times a second. So this is also where the
+        driver records its time and looks at its machines.
         """
         if signal.getsignal(signal.SIGUSR1) != self._handle_signal:
             self._install_signal_handlers()  # Tune replaces the SIGUSR1 handler when it starts
@@ -465,11 +465,7 @@ class Sweep(TrainingDriver):
             )
             if not self.share:
                 write_report(self.run)
-            return (
-                ExitCode.INTERRUPTED
-                if self.stop_signal in (None, signal.SIGINT)
-                else ExitCode.REQUEUE
-            )
+            return self._get_stop_code()
         from lorafleet.evaluation.render.wandb import track_report
 
         states = [trial.state for trial in self.run.list_trials()]

@@ -15,6 +15,7 @@ import ray
 from ray import tune
 
 from lorafleet.jobs.errors import make_disk_full_error
+from lorafleet.training.cpu import set_up_cpu
 from lorafleet.tuning.failures import WorkerUnusable, classify_exception, is_device_error
 from lorafleet.tuning.held_out import Evaluator, build_evaluation
 from lorafleet.tuning.node_check import extract_error_line
@@ -68,6 +69,7 @@ class WarmTrial(tune.Trainable):
     def _evaluate(self, name: str, attempt: int) -> EvaluationReport:
         """Evaluate a model on the held-out rows."""
         work = self.host.work
+        set_up_cpu(work.threads)  # the last trial may have had more
         try:
             self.evaluator.evaluate(build_evaluation(work, self.host.data, name), attempt)
         # The boundary of a model: any error becomes its result, and the others are evaluated.

@@ -35,17 +35,16 @@ class ThreadShare:
     takes_idle: bool = False
     """True if a trial may take the cores of idle slots: they are on the same machine."""
 
-    def compute(self, open_trials: int, left: int) -> int:
+    def compute(self, used: int, left: int) -> int:
         """Return the threads of a trial that starts now.
 
         Args:
-            open_trials: Other trials that have started and not ended.
+            used: Threads of the other trials that have started and not ended.
             left: Trials that could start now, this one included.
         """
-        idle = self.slots - open_trials
-        if not self.takes_idle or left >= idle:
+        if not self.takes_idle:
             return self.usual
-        return self.usual * idle // left
+        return max(self.usual, (self.usual * self.slots - used) // left)
 
 
 class TrialQueue:
@@ -78,7 +77,8 @@ class TrialQueue:
         self.earlier_ids = {trial.id for trial in self.run.list_trials()}
         # Trials of earlier attempts count towards the total.
         self.created = len(self.earlier_ids)
-        self.open_trials = 0
+        self.open_threads: dict[str, int] = {}
+        """Threads of the trials that are handed out and have not ended, by id."""
 
     @property
     def is_stopped(self) -> bool:
@@ -100,19 +100,25 @@ class TrialQueue:
         if trial is None:
             # An open trial may be restarted later, and END is final.
             return NoTrial.WAIT if self.open_trials else NoTrial.END
-        self._record_threads(trial)
-        self.open_trials += 1
+        self.open_threads[trial.id] = self._record_threads(trial)
         return trial
 
-    def _record_threads(self, trial: Trial) -> None:
-        """Record the threads of a trial that is handed out for the first time.
+    @property
+    def open_trials(self) -> int:
+        """Number of trials that are handed out and have not ended."""
+        return len(self.open_threads)
+
+    def _record_threads(self, trial: Trial) -> int:
+        """Return the threads of a trial; they are recorded when it is first handed out.
 
         A trial keeps its number: sums of another number of threads are rounded differently.
         """
-        if trial.read_status().threads is None:
+        threads = trial.read_status().threads
+        if threads is None:
             left = 1 + len(self.unfinished) + self.total - self.created
-            threads = self.threads.compute(self.open_trials, left)
+            threads = self.threads.compute(sum(self.open_threads.values()), left)
             trial.set_state(trial.state, threads=threads)
+        return threads
 
     def _find_next(self) -> Trial | None:
         """Return the next trial, unfinished ones first; None if there is none now."""
@@ -131,7 +137,7 @@ class TrialQueue:
 
     def complete(self, trial: Trial) -> None:
         """Report the outcome to the proposals; a trial that waits for a restart is queued again."""
-        self.open_trials -= 1
+        del self.open_threads[trial.id]
         if trial.state.has_ended:
             report_outcome(self.proposals, self.ledger, trial)
         else:

@@ -93,7 +93,7 @@ class SingleRowOutOfMemory(TrainingFailure):
 
 
 class TrialRun:
-    """A session with its trial's folder: what both hosts do around the training loop.
+    """A session with its trial's folder: what all hosts do around the training loop.
 
     The host calls `open` once, then `advance` until its report is `done` or `stopping` or
     has a `failure`, then `close`. The trial continues from its checkpoint if there is one.
@@ -101,7 +101,7 @@ class TrialRun:
     the driver.
 
     Args:
-        config: Tune's config: `trial_id` and `assignment`.
+        config: `trial_id` and `assignment` of the trial.
         data: Tokens of all rows.
     """
 

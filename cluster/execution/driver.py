@@ -147,6 +147,13 @@ class Driver(ABC):
                 raise
             # The state stays `running`: the next process continues at once.
             except RestartNeeded as error:
+                if self.stop_file.exists():  # nothing is left to save, so the run may end here
+                    self.run.set_state(
+                        RunState.STOPPED,
+                        reason=_CUT_OFF_REASON,
+                        wall_seconds=self._compute_wall_seconds(),
+                    )
+                    return self._get_stop_code()
                 log(f"this process is replaced: {error}")
                 return RESTART_STATUS
             except LorafleetError as error:
@@ -173,6 +180,15 @@ class Driver(ABC):
                 self.run.set_state(RunState.FAILED, reason=f"{type(error).__name__}: {error}")
                 raise
         return outcome
+
+    def _get_stop_code(self) -> ExitCode:
+        """Return the exit code of a run that was asked to stop.
+
+        SIGTERM, SIGUSR1 and SIGHUP usually come from a queue or a supervisor, which may start
+        the run again.
+        """
+        by_user = self.stop_signal in (None, signal.SIGINT)
+        return ExitCode.INTERRUPTED if by_user else ExitCode.REQUEUE
 
     def _record_wall_seconds(self) -> None:
         """Record the time spent at most every 10 seconds, so that a killed attempt counts too."""

@@ -8,10 +8,12 @@ can continue. It passes signals on, and ends as the last driver ended.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,6 +35,8 @@ _CRASH_SIGNALS = (
     signal.SIGSEGV,
 )
 _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_END_SECONDS = 5.0
+"""Seconds that a driver has to end after a second signal."""
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _LIBC = ctypes.CDLL(None)  # loaded before any fork
 
@@ -89,11 +93,14 @@ def explain_end(status: int, oom_kills: int) -> Restart | None:
     return None
 
 
-def fork_driver(run: Run) -> Restart | None:
+def fork_driver(run: Run, *, trains: bool) -> Restart | None:
     """Fork the driver of a run, and return in its process only.
 
     The calling process becomes the supervisor: it ends when the last driver has ended, with
     the same exit code or signal.
+
+    Args:
+        trains: True if the driver trains itself. Otherwise it only evaluates itself.
 
     Returns:
         In the driver: why it was started again; None for the first.
@@ -101,7 +108,7 @@ def fork_driver(run: Run) -> Restart | None:
     restart: Restart | None = None
     forwarder = _SignalForwarder()
     while True:
-        lost_evaluations, oom_kills = _count_lost_evaluations(run), _count_oom_kills()
+        forked_at, oom_kills = time.time(), _count_oom_kills()
         supervisor = os.getpid()
         driver = forwarder.fork()
         if not driver:
@@ -113,22 +120,42 @@ def fork_driver(run: Run) -> Restart | None:
         restart = explain_end(status, _count_oom_kills() - oom_kills)
         # Each restart costs a trial one of its retries, or an evaluation one of its tries. A
         # driver that dies of anything else would only die again.
-        was_training = any(trial.state is TrialState.RUNNING for trial in run.list_trials())
-        was_evaluating = _count_lost_evaluations(run) > lost_evaluations
-        is_recorded = status == RESTART_STATUS
-        can_continue = was_training or was_evaluating or is_recorded
-        if restart is None or not can_continue or forwarder.has_missed:
+        can_continue = (
+            status == RESTART_STATUS
+            or (trains and _was_training(run, forked_at))
+            or _was_evaluating(run, forked_at)
+        )
+        is_stopped = forwarder.last_signal or (run.path / "stop").exists()
+        if restart is None or not can_continue or is_stopped:
             _end_like(status)
 
 
+def _was_training(run: Run, since: float) -> bool:
+    """Return whether a driver that started at `since` has left a trial that it trained."""
+    return any(
+        trial.state is TrialState.RUNNING and (trial.read_status().updated or 0.0) >= since
+        for trial in run.list_trials()
+    )
+
+
+def _was_evaluating(run: Run, since: float) -> bool:
+    """Return whether a driver that started at `since` has left an evaluation without an end."""
+    return any(path.stat().st_mtime >= since for path in run.path.rglob(f"{STACKS_PREFIX}*"))
+
+
 class _SignalForwarder:
-    """Passes the signals that this process gets on to the driver that it forked last."""
+    """Passes the signals that this process gets on to the driver that it forked last.
+
+    A second signal means that the driver must end at once. A driver that hangs cannot handle
+    it, so it is killed after `_END_SECONDS`.
+    """
 
     def __init__(self) -> None:
         self.driver = 0
         """Process id; 0 while there is no driver."""
-        self.has_missed = False
-        """True if a signal came while there was no driver."""
+        self.last_signal = 0
+        """Number of the last signal; 0 if there was none."""
+        self._signalled_at = 0.0
         self._previous_handlers: dict[int, Any] = {}
 
     def fork(self) -> int:
@@ -142,6 +169,8 @@ class _SignalForwarder:
             self.driver = os.fork()
             if self.driver:
                 self._install_handlers()
+                if self.last_signal:  # it came after the previous driver had ended
+                    os.kill(self.driver, self.last_signal)
             else:
                 self._restore_handlers()
         finally:
@@ -149,24 +178,35 @@ class _SignalForwarder:
         return self.driver
 
     def _install_handlers(self) -> None:
+        if self._previous_handlers:
+            return
         for number in _FORWARDED_SIGNALS:
             handler = signal.getsignal(number)
-            # Under nohup SIGHUP is ignored: it stays so.
-            if handler not in (signal.SIG_IGN, self._forward):
+            if handler is not signal.SIG_IGN:  # under nohup SIGHUP is ignored: it stays so
                 self._previous_handlers[number] = signal.signal(number, self._forward)
+        self._previous_handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._kill)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
-        if not self.driver:
-            self.has_missed = True
-            return
-        try:
+        now = time.monotonic()
+        # The same request may be sent to a process and to its group, and a queue may warn twice.
+        is_second = self.last_signal and now - self._signalled_at > 1.0 and number != signal.SIGUSR1
+        self.last_signal, self._signalled_at = number, now
+        if self.driver:
+            self._send(number)
+        if is_second:
+            signal.setitimer(signal.ITIMER_REAL, _END_SECONDS)
+
+    def _kill(self, _number: int, _frame: FrameType | None) -> None:
+        if self.driver:
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(self.driver, number)
-        except ProcessLookupError:  # it has ended, and `fork_driver` has just noticed
-            self.has_missed = True
 
 
 def die_with(parent: int) -> None:
@@ -187,11 +227,6 @@ def _end_like(status: int) -> None:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
-
-
-def _count_lost_evaluations(run: Run) -> int:
-    """Return how many evaluations on held-out rows were left without an end."""
-    return sum(1 for _ in run.path.rglob(f"{STACKS_PREFIX}*"))
 
 
 def _count_oom_kills() -> int:

@@ -120,6 +120,11 @@ class Placement(Spec):
         return self.workers > 1
 
     @property
+    def fits_one_process(self) -> bool:
+        """Return whether only one training process runs at a time."""
+        return self.workers == 1 and self.slots == 1
+
+    @property
     def spread(self) -> Literal["STRICT_PACK", "STRICT_SPREAD", "PACK"]:
         """Return Ray's placement strategy for the processes of a trial.
 
@@ -197,7 +202,7 @@ def compute_placement(
         workers=resources.world_size,
         num_nodes=resources.num_nodes,
         cpus_per_worker=_choose_cpus(resources, site, nodes, share, slots),
-        has_auto_cpus=resources.cpus_per_worker == "auto",
+        has_auto_cpus=resources.cpus_per_worker == "auto" and not isinstance(site, RaySite),
         gpus_per_worker=gpus,
         labels=resources.label_selector,
         strategy=strategy,

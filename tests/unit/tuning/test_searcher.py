@@ -84,7 +84,6 @@ def test_idle_actors_are_kept_until_the_finalists_are_known(
     tune.end(tasks[2][0], TrialState.FINISHED)
     last, what = tune.ask()
     assert what == "evaluate trial-2"
-    assert tune.searcher.needs_standby()  # there are two actors for the two tasks
     assert not tune.searcher.is_over()
     tune.end(last)
     assert tune.searcher.is_over()
@@ -104,8 +103,9 @@ def test_a_standby_task_makes_way_for_a_restarted_trial(bert_job: JobMaker, tmp_
     tune.searcher.open_trials[second[0]].set_state(TrialState.PENDING)
     tune.searcher.on_trial_complete(second[0], error=True)
     assert tune.ask()[1] == "trial-1"
-    assert tune.searcher.needs_standby()  # the lost process has left a place for a new one
-    tune.end(standby)
+    assert tune.ask()[1] is None
+    tune.end(standby)  # the scheduler stops it, because trial-1 waits for an actor
+    assert tune.ask()[1] is None  # that actor is no longer idle
 
 
 def test_no_standby_task_waits_for_an_actor_that_is_not_there(

@@ -100,22 +100,25 @@ def test_a_search_that_stops_hands_out_nothing(
 
 
 @pytest.mark.parametrize(
-    ("slots", "open_trials", "left", "threads"),
+    ("slots", "used", "left", "threads"),
     [
         (4, 0, 9, 2),  # every slot will be used
-        (4, 3, 1, 2),
+        (4, 6, 1, 2),
         (4, 0, 2, 4),  # two trials for four slots
-        (4, 0, 3, 2),  # a core that cannot be divided stays idle
+        (4, 0, 3, 2),  # three trials: two, then three and three of the eight cores
+        (4, 2, 2, 3),
+        (4, 5, 1, 3),
         (4, 0, 1, 8),
-        (4, 2, 1, 4),  # the last one, while two others run
+        (4, 4, 1, 4),  # the last one, while two others run
+        (4, 7, 1, 2),  # never fewer than usual
         (1, 0, 1, 2),
     ],
 )
 def test_a_trial_takes_the_cores_of_idle_slots(
-    slots: int, open_trials: int, left: int, threads: int
+    slots: int, used: int, left: int, threads: int
 ) -> None:
-    assert ThreadShare(2, slots, takes_idle=True).compute(open_trials, left) == threads
-    assert ThreadShare(2, slots).compute(open_trials, left) == 2
+    assert ThreadShare(2, slots, takes_idle=True).compute(used, left) == threads
+    assert ThreadShare(2, slots).compute(used, left) == 2
 
 
 def test_a_trial_keeps_its_number_of_threads(bert_job: JobMaker, tmp_path: Path) -> None:

@@ -53,10 +53,11 @@ DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
 from lorafleet.cluster.execution.supervisor import fork_driver
-from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.runs.run import Run, TrialState
 
 run = Run(Path(sys.argv[1]))
-restart = fork_driver(run)
+restart = fork_driver(run, trains=True)
+run.get_trial("0123456789").set_state(TrialState(sys.argv[2]))
 with open(run.path / "starts", "a") as file:
     print(restart.failure.failure_class if restart and restart.failure else restart, file=file)
 starts = (run.path / "starts").read_text().count("\\n")
@@ -64,13 +65,15 @@ starts = (run.path / "starts").read_text().count("\\n")
 """
 
 
-def supervise(run: Run, code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", DRIVER.replace("{code}", code), str(run.path)])
+def supervise(run: Run, code: str, state: TrialState = TrialState.RUNNING) -> subprocess.Popen[str]:
+    """A driver that sets its trial to a state, and then runs the code."""
+    program = DRIVER.replace("{code}", code)
+    return subprocess.Popen([sys.executable, "-c", program, str(run.path), str(state)])
 
 
-def make_run(folder: Path, state: TrialState = TrialState.RUNNING) -> Run:
+def make_run(folder: Path) -> Run:
     run = Run.create(folder / "runs", "supervised")
-    run.add_trial("0123456789", 0, {}).set_state(state)
+    run.add_trial("0123456789", 0, {}).set_state(TrialState.RUNNING)
     return run
 
 
@@ -94,19 +97,54 @@ def test_the_supervisor_dies_of_the_same_signal(tmp_path: Path, number: int) -> 
 
 
 def test_a_driver_that_dies_while_nothing_trains_is_not_started_again(tmp_path: Path) -> None:
-    run = make_run(tmp_path, TrialState.PENDING)
-    assert supervise(run, "os.kill(os.getpid(), signal.SIGSEGV)").wait(60) == -signal.SIGSEGV
+    run = make_run(tmp_path)
+    code = "os.kill(os.getpid(), signal.SIGSEGV)"
+    assert supervise(run, code, TrialState.PENDING).wait(60) == -signal.SIGSEGV
+    assert starts(run) == ["None"]
+
+
+def test_a_driver_that_dies_before_it_trains_is_not_started_again(tmp_path: Path) -> None:
+    """Although its trial still says `running`, from the driver before it."""
+    run = make_run(tmp_path)
+    code = DRIVER.replace(
+        'run.get_trial("0123456789")', "os.kill(os.getpid(), 11), run.get_trial('')"
+    )
+    done = subprocess.Popen([sys.executable, "-c", code, str(run.path), "running"])
+    assert done.wait(60) == -signal.SIGSEGV
+
+
+def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    code = "(run.path / 'stop').touch(); os.kill(os.getpid(), signal.SIGSEGV)"
+    assert supervise(run, code).wait(60) == -signal.SIGSEGV
+    assert starts(run) == ["None"]
+
+
+def test_a_driver_that_hangs_is_killed_after_a_second_signal(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    code = (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]);"
+        "(run.path / 'ready').touch(); time.sleep(60)"
+    )
+    supervisor = supervise(run, code)
+    wait_for(run.path / "ready")
+    supervisor.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(30) == -signal.SIGKILL
     assert starts(run) == ["None"]
 
 
 def test_a_lost_evaluation_is_tried_again(tmp_path: Path) -> None:
     """As long as each one leaves a trace: the tries are counted by it."""
-    run = make_run(tmp_path, TrialState.FINISHED)
+    run = make_run(tmp_path)
+    (run.path / "exam-stacks-base-1.txt").touch()  # of an earlier command
+    os.utime(run.path / "exam-stacks-base-1.txt", (0, 0))
     code = (
-        "(run.path / f'exam-stacks-base-{min(starts, 2)}.txt').touch();"
+        "(run.path / f'exam-stacks-base-{starts}.txt').touch() if starts < 3 else None;"
         "os.kill(os.getpid(), signal.SIGABRT)"
     )
-    assert supervise(run, code).wait(60) == -signal.SIGABRT
+    assert supervise(run, code, TrialState.FINISHED).wait(60) == -signal.SIGABRT
     assert len(starts(run)) == 3
 
 

@@ -250,7 +250,8 @@ def test_machines_with_fewer_cores_than_promised_get_smaller_shares(bert_job: Jo
     promised = RaySite(address="auto", nodes=machines((16, 4), (16, 4)))
     placement = compute_placement(bert_job(ASHA).job, promised, 10, 1.0)
     assert placement.slots == 8
-    placement = placement.model_copy(update={"cpus_per_worker": 4})  # as on nodes of one's own
+    # As on nodes of one's own.
+    placement = placement.model_copy(update={"cpus_per_worker": 4, "has_auto_cpus": True})
     found, notice = fit_placement(placement, machines((15, 4), (12, 4)))
     assert (found.slots, found.cpus_per_worker, notice) == (8, 3, None)
     found, notice = fit_placement(placement, machines((15, 4)))

@@ -496,10 +496,9 @@ class ResourcesSpec(Spec):
     gpus_per_node: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs on each node. `auto`: one per worker if the machine has GPUs, else none."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
-    """CPU cores, and therefore threads, of one training process. `auto`: the cores of the
-    machines, divided by the trials that run at once; 1 on a Ray cluster that runs already,
-    which others may use. Trials that start while cores are idle, on this machine, get those
-    too; a trial keeps its number when it is resumed.
+    """CPU cores, and therefore threads, of one training process. `auto`: the cores of
+    this machine, divided by the trials that run at once; 1 on a cluster. Trials that start
+    while cores are idle get those too; a trial keeps its number when it is resumed.
     """
     label_selector: dict[LabelName, LabelValue] = {}
     """Ray labels that the nodes of a trial must have, such as `{ray.io/accelerator-type: H100}`,

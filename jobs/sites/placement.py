@@ -16,7 +16,7 @@ from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.job import JobSpec, ResourcesSpec
 from lorafleet.jobs.schema.types import Strategy
-from lorafleet.jobs.sites.base import LocalSite, Node, RaySite, Site
+from lorafleet.jobs.sites.base import LocalSite, Node, Site
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.jobs.sites.slurm import SlurmSite
 from lorafleet.jobs.text import format_count
@@ -202,7 +202,7 @@ def compute_placement(
         workers=resources.world_size,
         num_nodes=resources.num_nodes,
         cpus_per_worker=_choose_cpus(resources, site, nodes, share, slots),
-        has_auto_cpus=resources.cpus_per_worker == "auto" and not isinstance(site, RaySite),
+        has_auto_cpus=resources.cpus_per_worker == "auto" and isinstance(site, LocalSite),
         gpus_per_worker=gpus,
         labels=resources.label_selector,
         strategy=strategy,
@@ -217,13 +217,14 @@ def _choose_cpus(
 ) -> int:
     """Return the CPU cores of each training process.
 
-    A Ray cluster that runs already may have other users: of it, no more is taken than needed.
+    Of a cluster, no more is taken than needed: it may have other users, and its nodes fewer cores
+    than they promise.
 
     Args:
         share: What a trial needs at least.
         slots: Trials that run at once.
     """
-    if resources.cpus_per_worker != "auto" or isinstance(site, RaySite):
+    if resources.cpus_per_worker != "auto" or not isinstance(site, LocalSite):
         return resources.min_cpus_per_worker
     return _divide_cpus(nodes, share, resources.workers_per_node, slots)
 

@@ -112,8 +112,8 @@ def build_app(names: Collection[str] = ()) -> typer.Typer:
 
 def _select_commands(words: Sequence[str]) -> Collection[str]:
     """Return the command that a command line names; empty if it may need any of them."""
-    known = {command.name for command in _COMMANDS}
-    return {words[0]} & known if words else ()
+    names = {command.name for command in _COMMANDS}
+    return {words[0]} & names if words else ()
 
 
 def _apply_global_options(

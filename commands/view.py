@@ -17,7 +17,7 @@ from lorafleet.evaluation.report.format import (
     format_short_params,
 )
 from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.runs.events import SearchEndedEvent, SearchEvent
+from lorafleet.jobs.runs.events import Event, SearchEndedEvent, SearchEvent
 from lorafleet.jobs.runs.records import MetricsRow, raise_damaged_file
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.metrics import is_better
@@ -270,16 +270,21 @@ def _format_cells(trial: TrialView, parameters: list[str], *, arms: bool) -> lis
 
 
 def describe_recommendation(run: Run) -> str | None:
-    """Return what the search has found, as text; None while it runs, and for a comparison."""
-    events = run.read_events(SearchEndedEvent)
-    if not events:
+    """Return the trial that a search recommends, as text; None while it searches."""
+    # A resumed run may search again after it has recommended a trial.
+    events = [
+        event
+        for event in run.read_events(Event)
+        if isinstance(event, SearchEvent | SearchEndedEvent)
+    ]
+    if not events or not isinstance(events[-1], SearchEndedEvent):
         return None
-    found = events[-1]
-    rows = f" on {format_count(found.rows, 'validation row')}" if found.rows else ""
-    folder = f" ({found.adapter})" if found.adapter else ""
+    last = events[-1]
+    rows = f" on {format_count(last.rows, 'validation row')}" if last.rows else ""
+    folder = f" ({last.adapter})" if last.adapter else ""
     return (
-        f"recommended by the search: {found.trial_id}{folder} with {found.metric} "
-        f"{format_number(found.score)}{rows}"
+        f"recommended by the search: {last.trial_id}{folder} with {last.metric} "
+        f"{format_number(last.score)}{rows}"
     )
 
 

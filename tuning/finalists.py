@@ -15,7 +15,7 @@ from lorafleet.tuning.held_out import BASE, get_held_out_split
 
 
 def end_search(run: Run, job: JobSpec, data: TokenData) -> list[str]:
-    """Record what the search has found, and return the models to evaluate on held-out rows.
+    """Record the recommended trial, and return the models to evaluate on held-out rows.
 
     Models that were evaluated already are left out. Writes the rows and the scores of the
     baselines, which the report shows beside the models.
@@ -39,7 +39,7 @@ def end_search(run: Run, job: JobSpec, data: TokenData) -> list[str]:
     chosen = next(
         (row for row in report.trials if row.trial_id == report.recommendation.trial_id), None
     )
-    if chosen is not None:
+    if chosen is not None and run.read_plan().command == "sweep":
         run.add_event(
             SearchEndedEvent(
                 trial_id=chosen.trial_id,

@@ -18,13 +18,17 @@ from lorafleet.evaluation.metrics.predictions import RowResults
 from lorafleet.evaluation.metrics.summary import summarize_results
 from lorafleet.evaluation.tokens import TokenData, open_tokens
 from lorafleet.jobs import files
+from lorafleet.jobs.errors import make_disk_full_error
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.training.evaluation import evaluate_rows
+from lorafleet.training.meter import free_unused_memory
 from lorafleet.training.methods import detach, load_weights
-from lorafleet.training.model import Base, check_class_order, reset_heads
+from lorafleet.training.model import Base, check_class_order, reset_heads, resolve_device
 from lorafleet.training.watchdog import Watchdog
 from lorafleet.tuning.base_cache import BaseCache
+from lorafleet.tuning.failures import WorkerUnusable, classify_exception, is_device_error
+from lorafleet.tuning.trial_report import EvaluationReport
 from lorafleet.tuning.trial_run import Work
 
 MAX_TRIES = 2
@@ -133,6 +137,30 @@ class Evaluator:
         self.work, self.bases = work, bases
         self.data: TokenData | None = None
         self.watchdog: Watchdog | None = None
+
+    def try_evaluate(self, evaluation: HeldOutEvaluation, attempt: int) -> EvaluationReport:
+        """Evaluate a model as `evaluate` does, and return an error as a report.
+
+        After an error, the next model gets a base that nothing has happened to.
+
+        Raises:
+            WorkerUnusable: This process must not evaluate another model.
+        """
+        try:
+            self.evaluate(evaluation, attempt)
+        # The boundary of a model: any error costs its numbers, and the others are evaluated.
+        except Exception as error:
+            disk_full_error = make_disk_full_error(error, Path(self.work.run))
+            if disk_full_error:
+                return EvaluationReport(disk_full=str(disk_full_error))
+            if is_device_error(error):
+                raise WorkerUnusable(classify_exception(error)) from error
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            error.__traceback__ = None  # its frames hold the tensors that did not fit
+            self.bases.drop()
+            free_unused_memory(resolve_device(self.work.gpus))
+            return EvaluationReport(failure=f"{type(error).__name__}: {first_line}")
+        return EvaluationReport()
 
     def evaluate(self, evaluation: HeldOutEvaluation, attempt: int) -> bool:
         """Evaluate a model and write the results.

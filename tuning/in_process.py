@@ -7,16 +7,13 @@ the supervisor (`cluster/execution/supervisor.py`) starts the driver again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from lorafleet.cluster.execution.supervisor import RestartNeeded
-from lorafleet.jobs.errors import make_disk_full_error
+from lorafleet.jobs.errors import DiskFull
 from lorafleet.jobs.runs.run import Trial
 from lorafleet.training.cpu import set_up_cpu
-from lorafleet.training.meter import free_unused_memory
-from lorafleet.training.model import resolve_device
 from lorafleet.tuning.base_cache import BaseCache
-from lorafleet.tuning.failures import WorkerUnusable, is_device_error
+from lorafleet.tuning.failures import WorkerUnusable
 from lorafleet.tuning.held_out import MAX_TRIES, Evaluator, HeldOutEvaluation
 from lorafleet.tuning.recorder import Recorder
 from lorafleet.tuning.trial_host import TrialHost
@@ -106,24 +103,13 @@ def evaluate_in_process(
             failed[evaluation.name] = f"its process died or hung {lost} times"
             continue
         try:
-            evaluator.evaluate(evaluation, lost + 1)
-        # The boundary of a model: any error costs its numbers, and the others are evaluated.
-        except Exception as error:
-            disk_full_error = make_disk_full_error(error, Path(work.run))
-            if disk_full_error:
-                raise disk_full_error from error
-            if is_device_error(error):
-                evaluation.get_stacks_path(lost + 1).write_text(_describe(error))
-                raise RestartNeeded(_describe(error)) from error
-            failed[evaluation.name] = _describe(error)
-            error.__traceback__ = None  # its frames hold the tensors that did not fit
-            # Whatever failed, the next model gets a base that nothing has happened to.
-            bases.drop()
-            free_unused_memory(resolve_device(work.gpus))
+            report = evaluator.try_evaluate(evaluation, lost + 1)
+        except WorkerUnusable as error:
+            # Counted as a lost process: the next one tries again, or gives the model up.
+            evaluation.get_stacks_path(lost + 1).write_text(error.failure.sentence)
+            raise RestartNeeded(error.failure.sentence) from error
+        if report.disk_full is not None:
+            raise DiskFull(report.disk_full)
+        if report.failure is not None:
+            failed[evaluation.name] = report.failure
     return failed
-
-
-def _describe(error: Exception) -> str:
-    """Return an exception's type and the first line of its message."""
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}".removesuffix(": ")

@@ -384,7 +384,7 @@ class Sweep(TrainingDriver):
         return tune.with_resources(tune.with_parameters(WarmTrial, work=work), resources)
 
     def _end_search(self, data: TokenData) -> list[str]:
-        """Report what the search has found, and return the models to evaluate on held-out rows.
+        """Report the recommended trial, and return the models to evaluate on held-out rows.
 
         The whole report follows when they are evaluated; until then, this one can be read.
         """

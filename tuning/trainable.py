@@ -8,17 +8,13 @@ trial, `{"evaluation": NAME, "attempt": N}` evaluates a model on held-out rows, 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
-from lorafleet.jobs.errors import make_disk_full_error
 from lorafleet.training.cpu import set_up_cpu
-from lorafleet.tuning.failures import WorkerUnusable, classify_exception, is_device_error
 from lorafleet.tuning.held_out import Evaluator, build_evaluation
-from lorafleet.tuning.node_check import extract_error_line
 from lorafleet.tuning.trial_host import TrialHost
 from lorafleet.tuning.trial_report import EvaluationReport
 from lorafleet.tuning.trial_run import Work
@@ -70,19 +66,7 @@ class WarmTrial(tune.Trainable):
         """Evaluate a model on the held-out rows."""
         work = self.host.work
         set_up_cpu(work.threads)  # the last trial may have had more
-        try:
-            self.evaluator.evaluate(build_evaluation(work, self.host.data, name), attempt)
-        # The boundary of a model: any error becomes its result, and the others are evaluated.
-        except Exception as error:
-            disk_full_error = make_disk_full_error(error, Path(work.run))
-            if disk_full_error:
-                return EvaluationReport(disk_full=str(disk_full_error))
-            if is_device_error(error):
-                raise WorkerUnusable(classify_exception(error)) from error
-            # Whatever failed, the next model gets a base that nothing has happened to.
-            self.host.bases.drop()
-            return EvaluationReport(failure=extract_error_line(error))
-        return EvaluationReport()
+        return self.evaluator.try_evaluate(build_evaluation(work, self.host.data, name), attempt)
 
     def cleanup(self) -> None:
         """Close the current trial before the actor ends."""

@@ -53,7 +53,7 @@ class Restart:
     """Why a driver is started again by its supervisor."""
 
     failure: FailureRecord | None
-    """What ended the previous driver. None: that driver has recorded it."""
+    """Failure that ended the previous driver; None if that driver has recorded it."""
 
 
 def explain_end(status: int, oom_kills: int) -> Restart | None:

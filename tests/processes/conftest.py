@@ -121,7 +121,18 @@ search:
   scheduler: {type: none, max_t: 160000}
   parameters: {train.learning_rate: {values: [1e-3, 3e-3]}}
 """
-"""Two trials at once: the driver starts a Ray. One trial at a time is trained by the driver itself."""
+"""Two trials at once, for which the driver starts a Ray. A single trial it trains itself."""
+
+RANDOM = """
+search:
+  num_samples: 8
+  max_concurrent_trials: 2
+  keep: 3
+  scheduler: {type: asha, max_t: 144, reduction_factor: 3}
+  parameters:
+    lora.lora_r: {values: [2, 4, 8]}
+    train.learning_rate: {distribution: log_uniform_values, min: 1e-3, max: 5e-2}
+"""
 
 
 FAULTS = Path(__file__).parent / "faults"

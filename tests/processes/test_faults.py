@@ -246,6 +246,13 @@ def test_a_signal_saves_within_seconds_wherever_it_comes(
     [
         pytest.param("crash", "lorafleet.tuning.held_out:Evaluator._evaluate_split", "", id="once"),
         pytest.param(
+            "device",
+            "lorafleet.tuning.held_out:Evaluator._evaluate_split",
+            "",
+            id="device",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             "oom",
             "lorafleet.tuning.held_out:load_weights",
             "/dev/full/never",

@@ -16,6 +16,7 @@ from lorafleet.jobs.runs.run import Run
 from tests.conftest import JobMaker, lorafleet
 from tests.processes.conftest import (
     PAIR,
+    RANDOM,
     Machines,
     base_loads,
     begin,
@@ -27,16 +28,11 @@ from tests.processes.conftest import (
     wait_for,
 )
 
-SEARCH = """
-search:
-  num_samples: 5
-  max_concurrent_trials: 1
-  keep: 3
-  scheduler: {type: asha, max_t: 288, reduction_factor: 3}
-  parameters:
-    lora.lora_r: {values: [2, 4, 8]}
-    train.learning_rate: {distribution: log_uniform_values, min: 1e-3, max: 5e-2}
-"""
+SEARCH = (
+    RANDOM.replace("num_samples: 8", "num_samples: 5")
+    .replace("max_concurrent_trials: 2", "max_concurrent_trials: 1")
+    .replace("max_t: 144", "max_t: 288")
+)
 TIMES = ("seconds", "_per_second", "_gib", "time", "host", "first_gradient_at", "base_loads")
 """Ends of the keys of what is measured, and may differ between two equal trainings."""
 
@@ -45,7 +41,7 @@ def numbers_of(run: Run) -> dict[str, Any]:
     """Every number of a run that does not depend on the machine's speed, and the bytes of its
     weights.
     """
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         str(path.relative_to(run.path)): path.read_bytes()
         for pattern in ("trials/*/adapter/*.safetensors", "**/*predictions-*.jsonl")
         for path in run.path.glob(pattern)
@@ -53,12 +49,12 @@ def numbers_of(run: Run) -> dict[str, Any]:
     for pattern in ("trials/*/metrics.jsonl", "**/test.json", "report/base.json"):
         for path in run.path.glob(pattern):
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-            found[str(path.relative_to(run.path))] = [
+            numbers[str(path.relative_to(run.path))] = [
                 {key: value for key, value in json.loads(line).items() if not key.endswith(TIMES)}
                 for line in lines
             ]
-    found["states"] = {trial.id: str(trial.state) for trial in run.list_trials()}
-    return found
+    numbers["states"] = {trial.id: str(trial.state) for trial in run.list_trials()}
+    return numbers
 
 
 @pytest.mark.parametrize(
@@ -79,10 +75,10 @@ def test_the_numbers_are_those_of_a_warm_actor(
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     by_actor = newest(place)
     assert by_actor.read_events(RayEvent)
-    expected, found = numbers_of(by_actor), numbers_of(by_driver)
-    assert len(found) >= 6
-    assert found.keys() == expected.keys()
-    for name, values in found.items():
+    expected, actual = numbers_of(by_actor), numbers_of(by_driver)
+    assert len(actual) >= 6
+    assert actual.keys() == expected.keys()
+    for name, values in actual.items():
         assert values == expected[name], name
 
 
@@ -157,11 +153,11 @@ def test_a_killed_sweep_has_the_table_of_an_undisturbed_one(
     assert not all(trial.state.has_ended for trial in run.list_trials())
     done = lorafleet("resume", run.id, cwd=place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
-    expected, found = numbers_of(undisturbed), numbers_of(run)
-    assert found["states"] == expected["states"]
-    for name in found:
+    expected, actual = numbers_of(undisturbed), numbers_of(run)
+    assert actual["states"] == expected["states"]
+    for name in actual:
         if name.endswith((".safetensors", "test.json")):
-            assert found[name] == expected[name], name
+            assert actual[name] == expected[name], name
 
 
 def test_two_trials_at_once_use_ray(bert_job: JobMaker, place: Path) -> None:

@@ -18,6 +18,7 @@ from lorafleet.jobs.runs.events import WarningEvent
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import ASSETS, ROOT, JobMaker, lorafleet, opinions, write_rows
 from tests.processes.conftest import (
+    RANDOM,
     accuracy_of,
     base_loads,
     begin,
@@ -28,17 +29,6 @@ from tests.processes.conftest import (
     sweep,
     wait_for,
 )
-
-RANDOM = """
-search:
-  num_samples: 8
-  max_concurrent_trials: 2
-  keep: 3
-  scheduler: {type: asha, max_t: 144, reduction_factor: 3}
-  parameters:
-    lora.lora_r: {values: [2, 4, 8]}
-    train.learning_rate: {distribution: log_uniform_values, min: 1e-3, max: 5e-2}
-"""
 
 LONGER = RANDOM.replace("max_t: 144", "max_t: 2880")
 """Trials that last longer than the time by which one actor may be up before the other."""

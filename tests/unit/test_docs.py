@@ -124,13 +124,13 @@ def test_the_readmes_job_loads() -> None:
 def test_every_command_of_the_readme_exists() -> None:
     from lorafleet.commands.cli import build_app
 
-    known = {command.name for command in build_app().registered_commands}
+    commands = {command.name for command in build_app().registered_commands}
     blocks = "\n".join(
         re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     )
     used = set(re.findall(r"^lorafleet ([a-z]+)", blocks, re.MULTILINE))
     assert used
-    assert used <= known
+    assert used <= commands
 
 
 def test_the_changelog_begins_with_what_is_next_or_with_this_version() -> None:

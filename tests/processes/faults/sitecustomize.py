@@ -45,7 +45,7 @@ def disk() -> None:
 
 
 def crash() -> None:
-    """As a fault in a compiled library."""
+    """Die of a signal, as of a fault in a compiled library."""
     os.kill(os.getpid(), 11)
 
 

@@ -71,6 +71,13 @@ def supervise(run: Run, code: str, state: TrialState = TrialState.RUNNING) -> su
     return subprocess.Popen([sys.executable, "-c", program, str(run.path), str(state)])
 
 
+def supervise_until_ready(run: Run, code: str) -> subprocess.Popen[str]:
+    """A driver that runs the code, and then waits."""
+    supervisor = supervise(run, f"{code}; (run.path / 'ready').touch(); time.sleep(60)")
+    wait_for(run.path / "ready")
+    return supervisor
+
+
 def make_run(folder: Path) -> Run:
     run = Run.create(folder / "runs", "supervised")
     run.add_trial("0123456789", 0, {}).set_state(TrialState.RUNNING)
@@ -122,12 +129,8 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path: Path) -> No
 
 def test_a_driver_that_hangs_is_killed_after_a_second_signal(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    code = (
-        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]);"
-        "(run.path / 'ready').touch(); time.sleep(60)"
-    )
-    supervisor = supervise(run, code)
-    wait_for(run.path / "ready")
+    code = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])"
+    supervisor = supervise_until_ready(run, code)
     supervisor.send_signal(signal.SIGINT)
     time.sleep(1.2)
     supervisor.send_signal(signal.SIGINT)
@@ -136,7 +139,7 @@ def test_a_driver_that_hangs_is_killed_after_a_second_signal(tmp_path: Path) -> 
 
 
 def test_a_lost_evaluation_is_tried_again(tmp_path: Path) -> None:
-    """As long as each one leaves a trace: the tries are counted by it."""
+    """Its file of stacks shows that there was one. An older file does not count."""
     run = make_run(tmp_path)
     (run.path / "exam-stacks-base-1.txt").touch()  # of an earlier command
     os.utime(run.path / "exam-stacks-base-1.txt", (0, 0))
@@ -151,12 +154,8 @@ def test_a_lost_evaluation_is_tried_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_reaches_the_driver(tmp_path: Path, number: int) -> None:
     run = make_run(tmp_path)
-    code = (
-        f"signal.signal({int(number)}, lambda *_: sys.exit(85));"
-        "(run.path / 'ready').touch(); time.sleep(60)"
-    )
-    supervisor = supervise(run, code)
-    wait_for(run.path / "ready")
+    code = f"signal.signal({int(number)}, lambda *_: sys.exit(85))"
+    supervisor = supervise_until_ready(run, code)
     supervisor.send_signal(number)
     assert supervisor.wait(60) == 85
     assert len(starts(run)) == 1
@@ -167,12 +166,8 @@ def test_a_signal_reaches_the_driver(tmp_path: Path, number: int) -> None:
 )
 def test_a_driver_is_told_that_its_supervisor_died(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    code = (
-        "signal.signal(signal.SIGTERM, lambda *_: ((run.path / 'told').touch(), sys.exit(0)));"
-        "(run.path / 'ready').touch(); time.sleep(60)"
-    )
-    supervisor = supervise(run, code)
-    wait_for(run.path / "ready")
+    code = "signal.signal(signal.SIGTERM, lambda *_: ((run.path / 'told').touch(), sys.exit(0)))"
+    supervisor = supervise_until_ready(run, code)
     os.kill(supervisor.pid, signal.SIGKILL)
     supervisor.wait(60)
     wait_for(run.path / "told")

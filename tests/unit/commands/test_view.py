@@ -1,0 +1,38 @@
+"""What the live view says of the trial that a search recommends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorafleet.commands.view import describe_recommendation
+from lorafleet.jobs.runs.events import SearchEndedEvent, SearchEvent
+from lorafleet.jobs.runs.run import Run
+
+
+def test_a_trial_is_recommended_when_the_search_has_ended(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert describe_recommendation(run) is None
+    run.add_event(SearchEvent(trials=2))
+    assert describe_recommendation(run) is None
+    run.add_event(
+        SearchEndedEvent(
+            trial_id="0123456789",
+            metric="accuracy",
+            score=0.8,
+            rows=300,
+            adapter="trials/0123456789/adapter",
+        )
+    )
+    assert describe_recommendation(run) == (
+        "recommended by the search: 0123456789 (trials/0123456789/adapter) with accuracy 0.800 on "
+        "300 validation rows"
+    )
+    # A resumed run searches again.
+    run.add_event(SearchEvent(trials=4))
+    assert describe_recommendation(run) is None
+
+
+def test_a_recommendation_without_weights_and_rows_is_short(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.add_event(SearchEndedEvent(trial_id="0123456789", metric="loss", score=1.5))
+    assert describe_recommendation(run) == ("recommended by the search: 0123456789 with loss 1.500")

@@ -33,7 +33,7 @@ from lorafleet.jobs.schema.compatibility import WEIGHT_SHARDING_STRATEGIES, find
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.precision import describe_planned_formats
 from lorafleet.jobs.schema.types import Assignment, Strategy
-from lorafleet.jobs.sites.base import Site
+from lorafleet.jobs.sites.base import LocalSite, Site
 from lorafleet.jobs.sites.placement import Placement, compute_placement
 from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials import arms
@@ -276,7 +276,7 @@ def _build_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
         memory=memory,
         gpu_memory_gib=site.gpu_memory_gib if cuda else 0.0,
         checkpoint_gb=_estimate_checkpoint_gb(trials, inputs, placement.slots, cuda=cuda),
-        strategy=_describe_strategy(placement, reason),
+        strategy=_describe_strategy(placement, reason, is_local=isinstance(site, LocalSite)),
         number_formats=describe_planned_formats(trials[0] if trials else job, cuda=cuda),
         notes=notes,
     )
@@ -637,7 +637,9 @@ def choose_strategy(
     )
 
 
-def _describe_strategy(placement: Placement, reason: str) -> str:
+def _describe_strategy(placement: Placement, reason: str, *, is_local: bool) -> str:
+    if is_local and placement.fits_one_process:
+        return "one process, the run's own, trains one trial after another, without Ray"
     if not placement.is_distributed:
         return "one process per trial, in warm actors that keep the base model loaded"
     machines = f" over {placement.num_nodes} machines" if placement.num_nodes > 1 else ""

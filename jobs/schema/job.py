@@ -393,7 +393,8 @@ class TrainSpec(Spec):
     """
     torch_compile: bool = False
     """Compile the model's blocks with torch.compile. The first steps take a minute, which short
-    trials never win back. Needs a C++ compiler on CPU.
+    trials never win back. Needs a C++ compiler on CPU. Slower on AMD processors with AVX-512,
+    whose faster matrix products compiled code does not use.
     """
     group_by_length: bool = True
     """Batch rows of similar length, which saves padding. The order is otherwise random."""

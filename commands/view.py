@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from lorafleet.evaluation.report.format import (
 )
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.events import Event, SearchEndedEvent, SearchEvent
-from lorafleet.jobs.runs.records import MetricsRow, raise_damaged_file
+from lorafleet.jobs.runs.records import MetricsRow, Progress, raise_damaged_file
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.schema.types import FOLD, Goal
@@ -85,10 +86,16 @@ def collect_trials(run: Run) -> list[TrialView]:
     with raise_damaged_file(run.path / "plan.json"):
         name, goal = _get_metric(run.read_plan().job)
     views = []
+    heartbeats: dict[Path, dict[str, Progress]] = {}
     for trial in run.list_trials():
+        # Those of array tasks and of arms are runs of their own.
+        folder = trial.path.parent.parent
+        if folder not in heartbeats:
+            heartbeats[folder] = _read_progress(Run(folder))
         # A damaged trial is named by the run's remarks.
         with contextlib.suppress(RunError), raise_damaged_file(trial.path):
-            views.append(_build_trial_view(trial, name, goal))
+            heartbeat = heartbeats[folder].get(trial.id, Progress())
+            views.append(_build_trial_view(trial, heartbeat, name, goal))
     return views
 
 
@@ -107,10 +114,17 @@ def _get_metric(job: dict[str, Any]) -> tuple[str, Goal]:
     return name, "minimize" if goal == "minimize" else "maximize"
 
 
-def _build_trial_view(trial: Trial, metric: str, goal: Goal) -> TrialView:
+def _read_progress(run: Run) -> dict[str, Progress]:
+    """Return the heartbeats of a run; none if the file is damaged: it is only shown."""
+    try:
+        return run.read_progress()
+    except RunError:
+        return {}
+
+
+def _build_trial_view(trial: Trial, heartbeat: Progress, metric: str, goal: Goal) -> TrialView:
     params, status, rows = trial.read_params(), trial.read_status(), trial.read_metrics()
     last = rows[-1] if rows else MetricsRow(step=0)
-    heartbeat = trial.read_progress()
     # Between two reports the heartbeat is further; after a report, the row is.
     latest = heartbeat if heartbeat.step > last.step else last
     best: float | None = None
@@ -131,7 +145,7 @@ def _build_trial_view(trial: Trial, metric: str, goal: Goal) -> TrialView:
         arm=trial.arm,
         state=state,
         params=params.assignment,
-        rung=status.rung,
+        rung=trial.find_rung(rows),
         rungs=len(params.rung_levels),
         step=step,
         total_steps=total,

@@ -14,8 +14,8 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -124,32 +124,45 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Replace a file atomically, as `write_text` does, with bytes.
 
-    The data is on the disk when the function returns.
+    Args:
+        path: The file. Missing parent folders are created.
+        data: Its new content.
+        durable: The data is on the disk when the function returns. False for what is only shown:
+            a crash of the machine may then leave an empty file.
 
     Raises:
         OSError: If the folder cannot be written or the disk is full. The old file is then
             unchanged, and no temporary file is left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with _create_file(temporary) as file:
             file.write(data)
             file.flush()
-            # Otherwise the rename could reach the disk before the data, and a crash would leave an
-            # empty file.
-            os.fsync(file.fileno())
-        # `mkstemp` creates files with mode 0600, which hides them from a group that may read the
-        # run.
-        os.chmod(temporary, 0o666 & ~UMASK)
-        Path(temporary).replace(path)
+            if durable:
+                # Otherwise the rename could reach the disk before the data, and a crash would
+                # leave an empty file.
+                os.fsync(file.fileno())
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _create_file(path: Path) -> BinaryIO:
+    """Open a file that does not exist yet for writing; its folder is created if it is missing."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    # The folder nearly always exists: a shared file system is not asked first.
+    try:
+        handle = os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, flags, 0o666)
+    return os.fdopen(handle, "wb")
 
 
 def _read_umask() -> int:
@@ -176,19 +189,17 @@ def share_with_group() -> None:
     os.umask(UMASK)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any], *, durable: bool = True) -> None:
     """Write a JSON object with its schema version atomically.
 
     Args:
         path: The file; it is replaced.
         value: The object. Values that are NaN or infinite become null, because JSON has
             neither.
+        durable: As in `write_bytes`.
     """
-    write_text(
-        path,
-        json.dumps({"schema_version": SCHEMA_VERSION, **replace_non_finite(value)}, indent=2)
-        + "\n",
-    )
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **replace_non_finite(value)}, indent=2)
+    write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"), durable=durable)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -222,22 +233,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one row to a JSON Lines file and flush it to disk.
+def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
+    """Append rows to a JSON Lines file and flush them to disk.
 
-    The row is on the disk when the function returns. If a killed writer left an incomplete
+    The rows are on the disk when the function returns. If a killed writer left an incomplete
     line, that line is ended first, so that only it is lost.
 
     Args:
         path: The file; it is created if it does not exist.
-        row: The row. NaN and infinity become null.
+        rows: The rows. NaN and infinity become null.
 
     Raises:
         RunError: If the path is a link or not a regular file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **replace_non_finite(row)}) + "\n"
-    with _open_file(path, os.O_RDWR | os.O_APPEND) as file:
+    text = "".join(
+        json.dumps({"schema_version": SCHEMA_VERSION, **replace_non_finite(row)}) + "\n"
+        for row in rows
+    )
+    with open_to_append(path) as file:
         file.seek(0, os.SEEK_END)
         if file.tell() and _read_last_byte(file) != b"\n":
             text = "\n" + text
@@ -295,8 +308,11 @@ def open_to_append(path: Path) -> BinaryIO:
     Raises:
         RunError: If it is a link or not a regular file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return _open_file(path, os.O_RDWR | os.O_APPEND)
+    try:
+        return _open_file(path, os.O_RDWR | os.O_APPEND)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _open_file(path, os.O_RDWR | os.O_APPEND)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

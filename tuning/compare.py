@@ -270,7 +270,7 @@ class Comparison(TrainingDriver):
         if not self.evaluates_in_process:
             from lorafleet.tuning.evaluation_pool import evaluate_in_pool
 
-            return evaluate_in_pool(work, evaluations, self.placement.slots)
+            return evaluate_in_pool(work, evaluations, self.placement.slots, self.stop_request)
         from lorafleet.training.meter import free_unused_memory
         from lorafleet.training.model import resolve_device
         from lorafleet.tuning.base_cache import BaseCache

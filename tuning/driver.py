@@ -10,13 +10,16 @@ from typing import Any
 
 from lorafleet.cluster.execution.allocation import make_attempt_record
 from lorafleet.cluster.execution.driver import Driver, log
+from lorafleet.cluster.execution.supervisor import Restart
 from lorafleet.cluster.ray.nodes import build_worker_environment, parse_nodes
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.events import PlacementEvent, RayEvent
+from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.sites.base import Node
 from lorafleet.jobs.sites.placement import fit_placement
 from lorafleet.tuning.array_tasks import merge_tasks
 from lorafleet.tuning.local_ray import remove_aws_keys_from_tune, start_local_ray
+from lorafleet.tuning.progress import StopFile
 
 
 class TrainingDriver(Driver):
@@ -24,6 +27,10 @@ class TrainingDriver(Driver):
 
     Adds Ray to `Driver`. `Sweep` and `Comparison` derive from it.
     """
+
+    def __init__(self, run: Run, restart: Restart | None = None) -> None:
+        super().__init__(run, restart)
+        self.stop_request = StopFile(self.stop_file)
 
     @property
     def is_on_cluster(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from lorafleet.training.cpu import set_up_cpu
 from lorafleet.tuning.base_cache import BaseCache
 from lorafleet.tuning.held_out import MAX_TRIES, Evaluator, HeldOutEvaluation
 from lorafleet.tuning.node_check import extract_error_line
+from lorafleet.tuning.progress import ProgressExchange, RayLink, StopFile, open_exchange
 from lorafleet.tuning.trial_run import Work
 
 _PLACEMENT_SECONDS = 900.0
 """Seconds that a worker may wait to be placed on a node."""
+_POLL_SECONDS = 1.0
+"""Seconds between two looks for a request to stop."""
 
 
 class EvalWorker:
@@ -44,7 +48,7 @@ class EvalWorker:
 
 
 def evaluate_in_pool(
-    work: Work, evaluations: list[HeldOutEvaluation], slots: int
+    work: Work, evaluations: list[HeldOutEvaluation], slots: int, stop_file: StopFile
 ) -> dict[str, str]:
     """Evaluate models, up to `slots` of them at once.
 
@@ -55,6 +59,7 @@ def evaluate_in_pool(
     Args:
         evaluations: Models that have no results yet.
         slots: Maximum number of workers.
+        stop_file: Asks the run to stop; the workers are told through Ray.
 
     Returns:
         Model name -> reason, for each model that could not be evaluated.
@@ -62,6 +67,15 @@ def evaluate_in_pool(
     Raises:
         DiskFull: A worker could not write its results.
     """
+    with open_exchange(None, stop_file) as exchange:
+        linked = replace(work, link=RayLink(exchange.actor))
+        return _evaluate_all(linked, evaluations, slots, exchange)
+
+
+def _evaluate_all(
+    work: Work, evaluations: list[HeldOutEvaluation], slots: int, exchange: ProgressExchange
+) -> dict[str, str]:
+    """Evaluate models as `evaluate_in_pool` does."""
     failed: dict[str, str] = {}
     waiting, tries = list(evaluations), Counter[str]()
     free = [_start_worker(work) for _ in range(min(slots, len(evaluations)))]
@@ -87,9 +101,10 @@ def evaluate_in_pool(
             return failed | dict.fromkeys(
                 (evaluation.name for evaluation in waiting), "no worker process could be started"
             )
-        (done, *_), _ = ray.wait(
-            list(running)
-        )  # every call returns: a hanging worker is ended by its watchdog
+        # Every call returns: a hanging worker is ended by its watchdog.
+        while not (ended := ray.wait(list(running), timeout=_POLL_SECONDS)[0]):
+            exchange.poll()
+        (done,) = ended
         evaluation, worker = running.pop(done)
         try:
             ray.get(done)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from lorafleet.cluster.execution.supervisor import RestartNeeded
 from lorafleet.jobs.errors import DiskFull
-from lorafleet.jobs.runs.run import Trial
 from lorafleet.training.cpu import set_up_cpu
 from lorafleet.tuning.base_cache import BaseCache
 from lorafleet.tuning.failures import WorkerUnusable
@@ -19,6 +18,7 @@ from lorafleet.tuning.recorder import Recorder
 from lorafleet.tuning.trial_host import TrialHost
 from lorafleet.tuning.trial_queue import NoTrial, TrialQueue, build_config
 from lorafleet.tuning.trial_run import Work
+from lorafleet.tuning.trial_table import TrackedTrial
 
 
 def run_trials(
@@ -53,7 +53,7 @@ def run_trials(
 
 
 def _run_trial(
-    host: TrialHost, trial: Trial, recorder: Recorder, on_report: Callable[[], None]
+    host: TrialHost, trial: TrackedTrial, recorder: Recorder, on_report: Callable[[], None]
 ) -> None:
     """Train a trial until it ends, or until its report says that it continues later."""
     continues = True

@@ -1,12 +1,14 @@
 """Record a sweep: write the metrics and states of its trials, and decide at the rungs.
 
-Only the driver writes this record. Every input of a decision is read back from the
-run's own files, so a resumed sweep decides like one that was never killed. Ray Tune's
-scheduler state is not used: `Tuner.restore` loses the rungs (ray#30838).
+Only the driver writes this record. Every input of a decision is in the run's own files,
+which are read once, at the start of an attempt. So a resumed sweep decides like one that
+was never killed, and a result costs the same in a search of ten trials and of a thousand.
+Ray Tune's scheduler state is not used: `Tuner.restore` loses the rungs (ray#30838).
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 import shutil
 import time
@@ -32,9 +34,10 @@ from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.schema.types import Assignment, Goal
-from lorafleet.jobs.trials import asha as rungs
+from lorafleet.jobs.trials.asha import Rung, make_rung_score
 from lorafleet.jobs.trials.retries import get_retry_number
 from lorafleet.jobs.trials.sampling import remove_fold
+from lorafleet.tuning.trial_table import TrackedTrial, TrialTable
 
 
 class Listener(Protocol):
@@ -49,11 +52,27 @@ class Listener(Protocol):
 
 
 @dataclass
+class TrialResults:
+    """What the decisions of a search need of a trial's metrics.jsonl."""
+
+    last_step: int = -1
+    """Last step that was reported."""
+    rung: int | None = None
+    """Last rung with a score."""
+    scores: dict[int, float] = field(default_factory=dict)
+    """Step -> value of the search's metric there."""
+    best: float | None = None
+    """Best of `scores`: that of the weights on disk."""
+    seconds: float = 0.0
+    """Time of training and evaluation, over all attempts."""
+
+
+@dataclass
 class Ledger:
     """Record of a sweep: scores by rung, and the decision on each report of a trial.
 
     One ledger per attempt, in the driver. `Recorder` calls it for each result,
-    `SearchThenSeeds` asks it for the best configuration. It caches only what it can rebuild
+    `SearchThenSeeds` asks it for the best configuration. It holds only what it can rebuild
     from the run's files.
 
     Args:
@@ -68,14 +87,31 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.metric, self.goal = self.job.metric.name, self.job.metric.goal
-        # Rung -> trial id -> score; trial id -> last recorded step; actor -> number of loaded
-        # bases.
-        self.places: dict[int, dict[str, rungs.RungScore]] = {}
-        self.last_step: dict[str, int] = {}
-        self.actors: dict[str, int] = {}
-        for trial in self.run.list_trials():
+        self.trials = TrialTable(self.run)
+        self.rungs: dict[int, Rung] = {}
+        """Index of the rung, from 0 -> its scores."""
+        self.results: dict[str, TrialResults] = {}
+        """Trial id -> its results so far."""
+        self.searched = 0
+        """Number of trials of the search itself."""
+        self.trial_seconds = 0.0
+        """Time of training and evaluation, summed over all trials."""
+        # (trial id, rung) -> whether the trial was promoted.
+        self._decisions = {
+            (event.trial_id, event.rung): event.goes_on for event in self.run.read_events(RungEvent)
+        }
+        # Actor -> number of loaded bases.
+        self._actors: dict[str, int] = {}
+        # Trials that have ended, best first.
+        self._ranking: list[tuple[_RankKey, TrackedTrial]] = []
+        # Trials with results that wait to be written, the longest wait first.
+        self._unwritten: dict[str, TrackedTrial] = {}
+        for trial in self.trials:
+            self._count_searched(trial)
             for row in trial.read_metrics():
-                self._record_score(trial.id, row)
+                self._record_results(trial.id, row)
+            if trial.state.has_ended:
+                self._rank(trial)
 
     @property
     def uses_halving(self) -> bool:
@@ -86,14 +122,48 @@ class Ledger:
             and self.job.search.scheduler.type == "asha"
         )
 
-    def _record_score(self, trial_id: str, row: MetricsRow) -> None:
-        """Store a row's step and, if it is at a rung, its score."""
-        self.last_step[trial_id] = max(self.last_step.get(trial_id, -1), row.step)
-        if row.rung is not None:
-            rung_score = rungs.make_rung_score(row.get_metric(self.metric), row.loss, self.goal)
-            self.places.setdefault(row.rung, {})[trial_id] = rung_score
+    def add_trial(
+        self, trial_id: str, index: int, assignment: Assignment, **params: Any
+    ) -> TrackedTrial:
+        """Create a trial, or return the one that exists.
 
-    def start_trial(self, trial: Trial) -> None:
+        Args:
+            params: Other fields of `TrialParams`.
+        """
+        is_new = trial_id not in self.trials
+        trial = self.trials.add(trial_id, index, assignment, **params)
+        if is_new:
+            self._count_searched(trial)
+        return trial
+
+    def _count_searched(self, trial: TrackedTrial) -> None:
+        self.searched += self._is_searched(trial)
+        self.results[trial.id] = TrialResults()
+
+    def _is_searched(self, trial: Trial) -> bool:
+        """Return whether a trial belongs to the search itself, and is no later training of its
+        best configuration.
+        """
+        return not trial.is_repeat and (trial.fold is not None or not self.folds)
+
+    def _record_results(self, trial_id: str, row: MetricsRow) -> None:
+        """Store what decisions need of a row."""
+        results = self.results[trial_id]
+        results.last_step = max(results.last_step, row.step)
+        seconds = (row.train_seconds or 0.0) + (row.eval_seconds or 0.0)
+        self.trial_seconds += seconds - results.seconds
+        results.seconds = seconds
+        score = row.get_metric(self.metric) if row.evaluated else None
+        if score is not None:
+            results.scores[row.step] = score
+            if is_better(score, results.best, self.goal):
+                results.best = score
+        if row.rung is not None:
+            results.rung = row.rung
+            rung_score = make_rung_score(row.get_metric(self.metric), row.loss, self.goal)
+            self.rungs.setdefault(row.rung, Rung()).add(trial_id, rung_score)
+
+    def start_trial(self, trial: TrackedTrial) -> None:
         """Record that a trial has an actor and trains."""
         if not trial.state.has_ended:
             trial.set_state(
@@ -111,8 +181,8 @@ class Ledger:
             base_loads: Number of loadings in its life so far.
             seconds: Time of its set-up.
         """
-        if base_loads > self.actors.get(name, 0):
-            self.actors[name] = base_loads
+        if base_loads > self._actors.get(name, 0):
+            self._actors[name] = base_loads
             self.run.add_event(
                 BaseLoadedEvent(actor=name, count=base_loads, seconds=round(seconds, 3))
             )
@@ -121,7 +191,7 @@ class Ledger:
         """Record a trial's warning, which the log and the report show."""
         self.run.add_event(WarningEvent(trial_id=trial.id, sentence=sentence))
 
-    def report(self, trial: Trial, row: MetricsRow) -> bool:
+    def report(self, trial: TrackedTrial, row: MetricsRow) -> bool:
         """Record the result of a trial and return whether the trial is promoted.
 
         A row that an earlier attempt recorded is not recorded again: a resumed trial repeats
@@ -133,15 +203,34 @@ class Ledger:
         Returns:
             True if the trial continues. Always True between rungs.
         """
-        if row.step > self.last_step.get(trial.id, -1):
-            trial.add_row(row)
-            self._record_score(trial.id, row)
+        if row.step > self.results[trial.id].last_step:
+            trial.add_rows(row)
+            if trial.has_unwritten_rows:
+                self._unwritten.setdefault(trial.id, trial)
+            else:
+                self._unwritten.pop(trial.id, None)
+            self._record_results(trial.id, row)
             self._notify(lambda listener: listener.on_row(trial, row))
         if row.rung is None:
             return True
         return self.decide(trial, row.rung)
 
-    def decide(self, trial: Trial, rung: int) -> bool:
+    def write_longest_wait(self) -> None:
+        """Write the results of the trial whose results wait for the longest time.
+
+        Only one trial's: how often the driver writes must not depend on their number.
+        """
+        while self._unwritten:
+            trial = self._unwritten.pop(next(iter(self._unwritten)))
+            if trial.write_rows():
+                return
+
+    def write_all(self) -> None:
+        """Write all results that wait."""
+        while self._unwritten:
+            self.write_longest_wait()
+
+    def decide(self, trial: TrackedTrial, rung: int) -> bool:
         """Return whether a trial is promoted past a rung that it has a score for.
 
         A decision is final: it is recorded, and returned again by later calls. Trials that
@@ -150,36 +239,31 @@ class Ledger:
         Args:
             rung: Index of the rung, from 0.
         """
-        trial.set_state(trial.state, rung=rung)
         is_last = rung + 1 >= len(self.get_rung_levels(trial))
         if not self.uses_halving or is_last or trial.is_repeat:
             return True
         assert self.job.search is not None
         # Scores arrive later than decisions: computed again, the same question could have another
         # answer.
-        decisions = [
-            event
-            for event in self.run.read_events(RungEvent)
-            if event.trial_id == trial.id and event.rung == rung
-        ]
-        if decisions:
-            return decisions[-1].goes_on
-        rung_scores = list(self.places[rung].values())
-        rung_score, eta = self.places[rung][trial.id], self.job.search.scheduler.reduction_factor
-        promoted = rungs.is_promoted(rung_score, rung_scores, eta)
-        cutoff = rungs.compute_rung_cutoff(rung_scores, eta)
+        known = self._decisions.get((trial.id, rung))
+        if known is not None:
+            return known
+        scores, eta = self.rungs[rung], self.job.search.scheduler.reduction_factor
+        rung_score, cutoff = scores.scores[trial.id], scores.compute_cutoff(eta)
+        promoted = scores.is_promoted(trial.id, eta)
         self.run.add_event(
             RungEvent(
                 trial_id=trial.id,
                 rung=rung,
                 score=_to_score(rung_score[0], self.goal),
                 loss=_to_score(rung_score[1], "minimize"),
-                scores=len(rung_scores),
+                scores=len(scores.scores),
                 cutoff=_to_score(cutoff[0], self.goal),
                 cutoff_loss=_to_score(cutoff[1], "minimize"),
                 goes_on=promoted,
             )
         )
+        self._decisions[trial.id, rung] = promoted
         return promoted
 
     def get_rung_levels(self, trial: Trial) -> list[int]:
@@ -187,7 +271,7 @@ class Ledger:
         levels: list[int] = trial.read_params().rung_levels
         return levels
 
-    def record_failure(self, trial: Trial, failure: FailureRecord) -> None:
+    def record_failure(self, trial: TrackedTrial, failure: FailureRecord) -> None:
         """Record the failure of a trial.
 
         The trial is queued to restart from its checkpoint, or marked as failed if it has no
@@ -206,7 +290,7 @@ class Ledger:
         reason = f"restarted after: {failure.sentence}"
         trial.set_state(TrialState.PENDING, retries=counts | {kind: number}, reason=reason)
 
-    def end_trial(self, trial: Trial, state: TrialState, **facts: Any) -> None:
+    def end_trial(self, trial: TrackedTrial, state: TrialState, **facts: Any) -> None:
         """Record how a trial ended, and delete the files that it no longer needs.
 
         Checkpoints are deleted, and the weights of all trials but the best `search.keep`.
@@ -214,11 +298,12 @@ class Ledger:
         Args:
             state: A state that ends a trial.
         """
-        trial.set_state(state, **({"reason": None} | facts))
-        (trial.path / "progress.json").unlink(missing_ok=True)
-        shutil.rmtree(trial.path / "checkpoints", ignore_errors=True)
+        reached = self.results[trial.id].rung
+        facts = {"reason": None} | ({} if reached is None else {"rung": reached}) | facts
+        trial.set_state(state, **facts)
+        _delete_checkpoints(trial)
         trial.save_stacks()
-        self._delete_surplus_weights()
+        self._delete_surplus_weights(trial, self._rank(trial))
         self._notify(lambda listener: listener.on_end(trial))
 
     def _notify(self, notify: Callable[[Listener], None]) -> None:
@@ -236,79 +321,50 @@ class Ledger:
                     TrackingFailedEvent(error=f"{type(error).__name__}: {error}"[:500])
                 )
 
-    def find_best_score(self, trial: Trial) -> float | None:
-        """Return the best validation score of a trial: that of its adapter on disk."""
-        best: float | None = None
-        for row in trial.read_evaluations():
-            score = row.get_metric(self.metric)
-            if score is not None and is_better(score, best, self.goal):
-                best = score
-        return best
+    def _rank(self, trial: TrackedTrial) -> int | None:
+        """Add an ended trial to the ranking, and return its place there, from 0.
 
-    def rank_trials(self) -> list[Trial]:
-        """Return the trials, best first: those trained to the end, then the stopped ones.
-
-        A stopped trial never precedes a finished one, whatever its score. Trials with equal
-        scores are in the order of their creation. Repetitions of a trial with another seed and
-        trials of a fold are left out.
+        Best first: those trained to the end, then the stopped ones; a stopped trial never
+        precedes a finished one, whatever its score. Trials with equal scores are in the order of
+        their creation. Trials without a score, repetitions with another seed and trials of a
+        fold are left out: the result is None.
         """
-        return self._rank_by_state(TrialState.FINISHED) + self._rank_by_state(TrialState.STOPPED)
+        best = self.results[trial.id].best
+        is_candidate = trial.state in _RANKED_STATES and not trial.is_repeat and trial.fold is None
+        if best is None or not is_candidate:
+            return None
+        signed = -best if self.goal == "maximize" else best
+        key = (_RANKED_STATES.index(trial.state), signed, trial.read_params().index)
+        place = bisect.bisect_right(self._ranking, key, key=lambda entry: entry[0])
+        self._ranking.insert(place, (key, trial))
+        return place
 
-    def _rank_by_state(self, state: TrialState) -> list[Trial]:
-        """Return the trials with this state and a score, best first."""
-        trials = [
-            trial
-            for trial in self.run.list_trials()
-            if trial.state is state and not trial.is_repeat
-        ]
-        trials = [trial for trial in trials if trial.fold is None]
-        scored = [(trial, self.find_best_score(trial)) for trial in trials]
-        with_score = [(trial, score) for trial, score in scored if score is not None]
-        return [
-            trial
-            for trial, _ in sorted(
-                with_score, key=lambda pair: pair[1], reverse=self.goal == "maximize"
-            )
-        ]
-
-    def list_searched(self) -> list[Trial]:
-        """Return the trials of the search itself, without later trainings of its best
-        configuration.
-        """
-        trials = self.run.list_trials()
-        return [
-            trial
-            for trial in trials
-            if not trial.is_repeat and (trial.fold is not None or not self.folds)
-        ]
+    def rank_trials(self) -> list[TrackedTrial]:
+        """Return the trials that have ended with a score, best first (see `_rank`)."""
+        return [trial for _, trial in self._ranking]
 
     def find_best_assignment(self) -> Assignment | None:
         """Return the best configuration once all searched trials have ended, else None.
 
         None, too, if no trial has a score.
         """
-        searched = self.list_searched()
-        if self.folds:
-            return self._find_best_over_folds(searched)
-        ranking = self.rank_trials()
         # A trial that still runs or waits could become the best.
-        if not ranking or not all(trial.state.has_ended for trial in searched):
+        if any(map(self._is_searched, self.trials.unended.values())) or not self.searched:
             return None
-        assignment: Assignment = ranking[0].read_params().assignment
-        return assignment
+        if self.folds:
+            return self._find_best_over_folds()
+        return self._ranking[0][1].read_params().assignment if self._ranking else None
 
     @property
     def folds(self) -> int | None:
         """Number of folds of a cross-validation, or None."""
         return self.job.evaluate.folds if self.searching else None
 
-    def _find_best_over_folds(self, searched: list[Trial]) -> Assignment | None:
+    def _find_best_over_folds(self) -> Assignment | None:
         """Return the configuration with the best mean over its folds.
 
         A configuration with a missing fold is chosen only if there is no other.
         """
-        if not searched or not all(trial.state.has_ended for trial in searched):
-            return None
         rows = [row for row in load_trial_rows(self.run, self.job) if row.fold is not None]
         folds = summarize_folds(rows, self.metric, self.goal)
         if not folds:
@@ -323,15 +379,36 @@ class Ledger:
             if get_configuration_key(candidate) == option.name
         )
 
-    def _delete_surplus_weights(self) -> None:
-        """Delete all adapters except the best `search.keep`; those of folds are always deleted."""
-        # Of folds only the scores count; the best configuration is trained again on all rows.
-        for trial in self.run.list_trials() if self.folds else ():
-            if trial.fold is not None and trial.state.has_ended:
-                shutil.rmtree(trial.weights, ignore_errors=True)
-        keep = self.job.search.keep if self.job.search else 1
-        for trial in self.rank_trials()[keep:]:
+    def _delete_surplus_weights(self, trial: TrackedTrial, place: int | None) -> None:
+        """Delete the weights that are surplus now that a trial has ended.
+
+        All but the best `search.keep` are, and those of folds: of them only the scores count, and
+        the best configuration is trained again on all rows.
+
+        Args:
+            place: Place of the trial in the ranking, if it has one.
+        """
+        if trial.fold is not None and self.folds:
             shutil.rmtree(trial.weights, ignore_errors=True)
+        elif place is not None:
+            # This trial's, or those of the trial that it has moved from the last kept place.
+            for _, surplus in self._ranking[max(place, self._keep) :][:1]:
+                shutil.rmtree(surplus.weights, ignore_errors=True)
+
+    @property
+    def _keep(self) -> int:
+        """Number of the best trials whose weights are kept."""
+        return self.job.search.keep if self.job.search else 1
+
+    def _delete_left_files(self) -> None:
+        """Delete what a killed driver would have deleted when its trials ended."""
+        for trial in self.trials:
+            if trial.state.has_ended:
+                _delete_checkpoints(trial)
+                if trial.fold is not None and self.folds:
+                    shutil.rmtree(trial.weights, ignore_errors=True)
+        for _, surplus in self._ranking[self._keep :]:
+            shutil.rmtree(surplus.weights, ignore_errors=True)
 
     def apply_due_decisions(self) -> None:
         """Make the decisions that were due before a kill, so that no stopped trial continues.
@@ -339,21 +416,28 @@ class Ledger:
         Call it once at the start of an attempt, before trials are handed out. All other
         unfinished trials become pending.
         """
-        for trial in self.run.list_trials():
-            if trial.state.has_ended:
-                continue
-            reached = [row.rung for row in trial.read_metrics() if row.rung is not None]
-            if reached and not self.decide(trial, reached[-1]):
+        self._delete_left_files()
+        for trial in list(self.trials.unended.values()):
+            reached = self.results[trial.id].rung
+            if reached is not None and not self.decide(trial, reached):
                 self.end_trial(trial, TrialState.STOPPED, reason=self.describe_stop(trial))
-            else:
+            elif trial.state is not TrialState.PENDING:
                 trial.set_state(TrialState.PENDING)
 
     def describe_stop(self, trial: Trial) -> str:
         """Return why a trial was stopped at a rung, as text."""
-        rung = trial.read_status().rung
+        rung = self.results[trial.id].rung
         level = self.get_rung_levels(trial)[rung] if rung is not None else "?"
         unit = self.job.search.scheduler.time_attr if self.job.search else "step"
         return f"stopped early: not among the best at {level} {unit}"
+
+
+_RankKey = tuple[int, float, int]
+_RANKED_STATES = (TrialState.FINISHED, TrialState.STOPPED)
+
+
+def _delete_checkpoints(trial: Trial) -> None:
+    shutil.rmtree(trial.path / "checkpoints", ignore_errors=True)
 
 
 def _to_score(signed_score: float, goal: Goal) -> float | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lorafleet.jobs.runs.records import FailureRecord
-from lorafleet.jobs.runs.run import Trial, TrialState
+from lorafleet.jobs.runs.run import TrialState
 from lorafleet.tuning.failures import DISK_FULL, classify_hang
 from lorafleet.tuning.ledger import Ledger
 from lorafleet.tuning.trial_report import TrialReport
+from lorafleet.tuning.trial_table import TrackedTrial
 
 
 class Recorder:
@@ -29,7 +30,7 @@ class Recorder:
         self.describe_spent_budget = describe_spent_budget
         self.handle_full_disk = handle_full_disk
 
-    def record(self, trial: Trial, report: TrialReport) -> bool:
+    def record(self, trial: TrackedTrial, report: TrialReport) -> bool:
         """Record a report, end the trial if necessary, and return whether it continues.
 
         A failure comes first, because such a report has no row. A trial that was stopped at a
@@ -68,7 +69,7 @@ class Recorder:
             return True
         return False
 
-    def record_crash(self, trial: Trial, failure: FailureRecord) -> None:
+    def record_crash(self, trial: TrackedTrial, failure: FailureRecord) -> None:
         """Record that the process of a trial died: the trial is restarted, or given up."""
         if failure.failure_class == DISK_FULL:
             self.handle_full_disk(failure.sentence)
@@ -82,7 +83,7 @@ def record_lost_driver(recorder: Recorder, failure: FailureRecord | None) -> Non
     Args:
         failure: What ended the driver, as its supervisor saw it. None: the driver recorded it.
     """
-    for trial in recorder.ledger.run.list_trials():
+    for trial in list(recorder.ledger.trials.unended.values()):
         if trial.state is TrialState.RUNNING:
             crash = classify_hang(trial) or failure
             if crash is not None:

@@ -11,14 +11,18 @@ from typing import Any
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from lorafleet.jobs.runs.run import Run, Trial, TrialState
+from lorafleet.jobs.runs.run import Run, TrialState
 from lorafleet.tuning.failures import classify_crash, save_crash_output
 from lorafleet.tuning.held_out import MAX_TRIES
 from lorafleet.tuning.recorder import Recorder
 from lorafleet.tuning.searcher import ProposalSearcher
 from lorafleet.tuning.trial_report import EvaluationReport, TrialReport
+from lorafleet.tuning.trial_table import TrackedTrial
 
 _STOP_FILE_SECONDS = 1.5
+"""Seconds that the stop file may take to appear after a process was lost."""
+_LOSS_SECONDS = 15.0
+"""Seconds in which lost processes count as lost at once, for example with their node."""
 _LOST_EVALUATION = f"its process died or hung {MAX_TRIES} times"
 
 
@@ -39,6 +43,11 @@ class RungScheduler(FIFOScheduler):
         super().__init__()
         self.recorder, self.searcher = recorder, searcher
         self.ends_itself = ends_itself
+        self._waited_at = -_LOSS_SECONDS
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune saves it and nothing reads that: a resume starts from the run's own files.
+        return {}
 
     @property
     def run(self) -> Run:
@@ -99,16 +108,19 @@ class RungScheduler(FIFOScheduler):
         """Return whether the run is asked to stop.
 
         Waits a moment for the stop file, because a queue that ends a job signals its processes
-        in no particular order.
+        in no particular order. When many processes are lost at once, it waits for the first only.
         """
-        deadline = time.monotonic() + _STOP_FILE_SECONDS
-        while not (stopping := (self.run.path / "stop").exists()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return stopping
+        stop_file = self.run.path / "stop"
+        if time.monotonic() - self._waited_at > _LOSS_SECONDS:
+            deadline = time.monotonic() + _STOP_FILE_SECONDS
+            while not stop_file.exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            self._waited_at = time.monotonic()
+        return stop_file.exists()
 
-    def _get_run_trial(self, trial: TuneTrial) -> Trial:
+    def _get_run_trial(self, trial: TuneTrial) -> TrackedTrial:
         """Return the run's trial for one of Tune's trials."""
-        return self.run.get_trial(trial.config["trial_id"])
+        return self.recorder.ledger.trials.get(trial.config["trial_id"])
 
 
 def _has_waiting_task(tune_controller: Any) -> bool:

@@ -10,9 +10,11 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from lorafleet.jobs.runs.run import Trial, TrialState
+from lorafleet.jobs.runs.run import TrialState
 from lorafleet.tuning.evaluation_queue import EvaluationQueue
+from lorafleet.tuning.progress import StopFile
 from lorafleet.tuning.trial_queue import NoTrial, TrialQueue, build_config
+from lorafleet.tuning.trial_table import TrackedTrial
 
 
 class ProposalSearcher(Searcher):
@@ -24,21 +26,31 @@ class ProposalSearcher(Searcher):
     actors are kept by standby tasks: they are needed for the evaluations.
 
     Args:
+        stop_file: Asks the run to stop; a spent budget does not count.
         evaluations: None if the search evaluates nothing on held-out rows, or does so later.
         slots: Number of actors that run at once.
     """
 
     def __init__(
-        self, queue: TrialQueue, evaluations: EvaluationQueue | None = None, slots: int = 0
+        self,
+        queue: TrialQueue,
+        stop_file: StopFile,
+        evaluations: EvaluationQueue | None = None,
+        slots: int = 0,
     ) -> None:
         super().__init__()
-        self.queue, self.evaluations, self.slots = queue, evaluations, slots
+        self.queue, self.stop_file = queue, stop_file
+        self.evaluations, self.slots = evaluations, slots
         # By Tune's id.
-        self.open_trials: dict[str, Trial] = {}
+        self.open_trials: dict[str, TrackedTrial] = {}
         self.open_evaluations: dict[str, str] = {}
         self.standbys: set[str] = set()
         self.idle_actors = 0
         """Actors that have ended a task, and were given no other one."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune saves it and nothing reads that: a resume starts from the run's own files.
+        return {}
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -62,10 +74,10 @@ class ProposalSearcher(Searcher):
     def _take_task(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return what `suggest` returns."""
         trial = self.queue.take()
-        if isinstance(trial, Trial):
+        if isinstance(trial, TrackedTrial):
             self.open_trials[trial_id] = trial
             return build_config(trial)
-        if self.evaluations is None or self.queue.is_stopped:
+        if self.evaluations is None or self.stop_file.exists():
             return Searcher.FINISHED if trial is NoTrial.END else None
         if trial is NoTrial.FULL:
             return None
@@ -97,7 +109,7 @@ class ProposalSearcher(Searcher):
         return (
             self.evaluations is not None
             and not self.evaluations.is_empty()
-            and not self.queue.is_stopped
+            and not self.stop_file.exists()
         )
 
     def on_trial_complete(

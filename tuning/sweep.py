@@ -18,7 +18,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.data.rows import forget_rows
 from lorafleet.jobs.errors import DiskFull, ExitCode, RunError
 from lorafleet.jobs.runs.events import SearchEvent
-from lorafleet.jobs.runs.run import Run, RunState, Trial, TrialState
+from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.types import Assignment
 from lorafleet.jobs.trials import sampling as search
@@ -30,6 +30,14 @@ from lorafleet.tuning.budget import Budget
 from lorafleet.tuning.driver import TrainingDriver
 from lorafleet.tuning.machine_watch import MachineWatch
 from lorafleet.tuning.node_check import check_nodes
+from lorafleet.tuning.progress import (
+    DriverLink,
+    LocalLink,
+    Pace,
+    ProgressBoard,
+    RayLink,
+    open_exchange,
+)
 from lorafleet.tuning.proposals import ListProposals, Proposals, SearchThenSeeds, TpeProposals
 from lorafleet.tuning.provenance import build_metadata
 from lorafleet.tuning.tuner import record_leaked_groups, run_tuner
@@ -41,6 +49,12 @@ if TYPE_CHECKING:
     from lorafleet.tuning.recorder import Recorder
     from lorafleet.tuning.trial_host import TrialHost
     from lorafleet.tuning.trial_queue import ThreadShare, TrialQueue
+    from lorafleet.tuning.trial_table import TrackedTrial
+
+_RESULTS_SECONDS = 5.0
+"""Seconds between two writes of results that nothing is decided by. The next evaluation of a trial
+writes them, too.
+"""
 
 
 class Sweep(TrainingDriver):
@@ -56,6 +70,8 @@ class Sweep(TrainingDriver):
         self.searching = self.plan.command == "sweep"
         self.share = self.plan.share
         self.judges = self.plan.judges and not self.share
+        self.progress = ProgressBoard(run.progress_file)
+        self._results_pace = Pace(_RESULTS_SECONDS)
 
     def _run_attempt(self, attempt: int) -> ExitCode:
         if self.trains_in_process:
@@ -75,7 +91,7 @@ class Sweep(TrainingDriver):
         # Imported here: it imports torch and transformers, which takes seconds.
         from lorafleet.tuning.trial_host import TrialHost
 
-        host = TrialHost(self._build_work(data))
+        host = TrialHost(self._build_work(data, LocalLink(self.progress, self.stop_request)))
         if not self.stop_file.exists():
             self._search_in_process(host, data)
         if not self.stop_file.exists() and self.judges:
@@ -155,7 +171,7 @@ class Sweep(TrainingDriver):
         from lorafleet.tuning.in_process import run_trials
 
         with self._open_search(data, max_open=1) as (queue, recorder):
-            run_trials(host, queue, recorder, self._record_wall_seconds)
+            run_trials(host, queue, recorder, lambda: self._tick(recorder.ledger))
 
     def _search_with_ray(self, attempt: int, data: TokenData) -> None:
         """Run the trials that are left through Ray Tune."""
@@ -172,15 +188,23 @@ class Sweep(TrainingDriver):
                 lambda: self._end_search(data),
                 lambda name: can_be_evaluated(self.run, name),
             )
-        with self._open_search(data, self._compute_max_open()) as (queue, recorder):
-            searcher = ProposalSearcher(queue, evaluations, self.placement.slots)
+        with (
+            self._open_search(data, self._compute_max_open()) as (queue, recorder),
+            open_exchange(self.progress, self.stop_request) as exchange,
+        ):
+            searcher = ProposalSearcher(queue, self.stop_request, evaluations, self.placement.slots)
+
+            def tick() -> None:
+                self._tick(recorder.ledger)
+                exchange.poll()
+
             run_tuner(
                 self.run,
                 attempt,
-                self._build_trainable(data),
+                self._build_trainable(data, RayLink(exchange.actor)),
                 searcher,
                 RungScheduler(recorder, searcher, ends_itself=is_distributed),
-                self.stop_file,
+                tick,
                 reuse_actors=not is_distributed,
             )
             if is_distributed:
@@ -202,7 +226,8 @@ class Sweep(TrainingDriver):
         from lorafleet.tuning.tracking import open_trackers
         from lorafleet.tuning.trial_queue import TrialQueue, report_outcome
 
-        ledger, budget = Ledger(self.run, self.job, self.searching), self._build_budget()
+        ledger = Ledger(self.run, self.job, self.searching)
+        budget = self._build_budget(ledger)
         recorder = Recorder(ledger, budget.describe_spent, self._handle_full_disk)
         if self.restart is not None and self.trains_in_process:
             record_lost_driver(recorder, self.restart.failure)
@@ -213,7 +238,7 @@ class Sweep(TrainingDriver):
             first_index, last = self.share
             assignments = assignments[first_index:last]
         proposals = self._build_proposals(assignments, ledger)
-        for trial in self.run.list_trials():
+        for trial in ledger.trials:
             if trial.state.has_ended:
                 report_outcome(proposals, ledger, trial)
         total = self._count_trials(assignments)
@@ -225,15 +250,21 @@ class Sweep(TrainingDriver):
             proposals,
             total,
             max_open,
-            lambda assignment, index: self._create_trial(assignment, first_index + index, data),
+            lambda assignment, index: self._create_trial(
+                ledger, assignment, first_index + index, data
+            ),
             lambda: self._should_stop(budget, machines),
             self._build_thread_share(),
         )
         self._record_phase("training")
-        with open_trackers(self.run, self.job) as listeners:
-            ledger.listeners += listeners
-            yield queue, recorder
-        self._settle_unfinished(ledger, budget.describe_spent())
+        with open_trackers(self.run, self.job, ledger.trials) as listeners:
+            ledger.listeners += [self.progress, *listeners]
+            try:
+                yield queue, recorder
+            finally:
+                ledger.write_all()
+            self._settle_unfinished(ledger, budget.describe_spent())
+        self.progress.close()
 
     def _settle_unfinished(self, ledger: Ledger, spent_budget: str | None) -> None:
         """Record the state of the trials that the search left without one.
@@ -241,7 +272,7 @@ class Sweep(TrainingDriver):
         Raises RuntimeError if the search has ended although trials were left.
         """
         is_stopping = self.stop_file.exists()
-        unfinished = [trial for trial in self.run.list_trials() if not trial.state.has_ended]
+        unfinished = list(ledger.trials.unended.values())
         if unfinished and not is_stopping and not spent_budget:
             raise RuntimeError(
                 f"the search ended before {len(unfinished)} trials had finished: "
@@ -271,7 +302,7 @@ class Sweep(TrainingDriver):
         searching = self.searching and self.job.search is not None and not self.share
         return len(search.list_final_assignments(self.job, {})) if searching else 0
 
-    def _build_proposals(self, assignments: list[Assignment], ledger: Any) -> Proposals:
+    def _build_proposals(self, assignments: list[Assignment], ledger: Ledger) -> Proposals:
         """Return the source of configurations."""
         proposals: Proposals = ListProposals(assignments)
         if self.searching and self.job.search and self.job.search.method == "tpe":
@@ -284,7 +315,7 @@ class Sweep(TrainingDriver):
             proposals,
             self.job,
             ledger.find_best_assignment,
-            lambda: is_endless and len(ledger.list_searched()) >= max_searched,
+            lambda: is_endless and ledger.searched >= max_searched,
         )
 
     def _count_trials(self, assignments: list[Assignment]) -> int:
@@ -316,7 +347,9 @@ class Sweep(TrainingDriver):
         )
         return slots + 1 if uses_tpe else 2 * slots
 
-    def _create_trial(self, assignment: Assignment, index: int, data: Any) -> Trial:
+    def _create_trial(
+        self, ledger: Ledger, assignment: Assignment, index: int, data: Any
+    ) -> TrackedTrial:
         """Create the trial of an assignment, and write its parameters.
 
         Returns the existing trial if an earlier attempt created it.
@@ -324,35 +357,36 @@ class Sweep(TrainingDriver):
         Args:
             index: Position in the search, over all attempts and array tasks.
         """
-        self.run.check_current()
         job = search.build_trial_job(self._searched_job, assignment)
+        trial_id = compute_trial_id(job, self.facts)
+        if trial_id in ledger.trials:
+            return ledger.trials.get(trial_id)
+        self.run.check_current()
         plan = build_schedule(job, data.count_training_rows(job), searching=self.searching)
-        trial = self.run.add_trial(compute_trial_id(job, self.facts), index, assignment)
-        params = trial.read_params()
-        # A kill between the two writes leaves a trial without them.
-        if not params.resolved:
-            resolved = job.model_dump(
-                mode="json", exclude={"search", "tracking", "name", "environment"}
-            )
-            resolved["train"]["learning_rate"] = resolve_learning_rate(job).value
-            resolved["resources"]["cpus_per_worker"] = self.placement.cpus_per_worker
-            files.write_json(
-                trial.path / "params.json",
-                params.to_dict()
-                | {
-                    "resolved": resolved,
-                    "rung_levels": list(plan.rung_levels),
-                    "rung_steps": list(plan.rung_steps),
-                    "total_steps": plan.total_steps,
-                    "batch_rows": plan.batch_rows,
-                    "gpus": self.placement.workers * self.placement.gpus_per_worker,
-                    "repeats": search.is_seed_repeat(self._searched_job, assignment),
-                },
-            )
-        return trial
+        resolved = job.model_dump(
+            mode="json", exclude={"search", "tracking", "name", "environment"}
+        )
+        resolved["train"]["learning_rate"] = resolve_learning_rate(job).value
+        resolved["resources"]["cpus_per_worker"] = self.placement.cpus_per_worker
+        return ledger.add_trial(
+            trial_id,
+            index,
+            assignment,
+            resolved=resolved,
+            rung_levels=list(plan.rung_levels),
+            rung_steps=list(plan.rung_steps),
+            total_steps=plan.total_steps,
+            batch_rows=plan.batch_rows,
+            gpus=self.placement.workers * self.placement.gpus_per_worker,
+            repeats=search.is_seed_repeat(self._searched_job, assignment),
+        )
 
-    def _build_work(self, data: Any) -> Any:
-        """Return what every trial of the sweep shares."""
+    def _build_work(self, data: Any, link: DriverLink | None = None) -> Any:
+        """Return what every trial of the sweep shares.
+
+        Args:
+            link: Connects the trials with this driver.
+        """
         from lorafleet.tuning.trial_run import Work
 
         job = self._searched_job
@@ -365,13 +399,14 @@ class Sweep(TrainingDriver):
             self.placement.cpus_per_worker,
             self.searching,
             self.run.attempt,
+            link,
         )
 
-    def _build_trainable(self, data: Any) -> Any:
+    def _build_trainable(self, data: Any, link: DriverLink) -> Any:
         """Return the Tune trainable: a warm actor, or a group of processes."""
         from ray import tune
 
-        work = self._build_work(data)
+        work = self._build_work(data, link)
         if self.placement.is_distributed:
             from lorafleet.tuning.distributed_trial import build_distributed_trainable
 
@@ -427,15 +462,16 @@ class Sweep(TrainingDriver):
 
         work = self._build_work(data)
         evaluations = [build_evaluation(work, data, name) for name in self._end_search(data)]
-        record_unevaluated(self.run, evaluate_in_pool(work, evaluations, self.placement.slots))
+        failed = evaluate_in_pool(work, evaluations, self.placement.slots, self.stop_request)
+        record_unevaluated(self.run, failed)
 
-    def _build_budget(self) -> Budget:
+    def _build_budget(self, ledger: Ledger) -> Budget:
         """Return the budget of the search; a single training has none."""
         search_spec = self.job.search if self.searching else None
         return Budget(
             search_spec.budget if search_spec else None,
-            self.run,
             self.placement,
+            lambda: ledger.trial_seconds,
             self._compute_wall_seconds,
         )
 
@@ -443,15 +479,25 @@ class Sweep(TrainingDriver):
         """Return whether no further trial may start.
 
         Called before each trial; Tune asks many times a second. So this is also where the
-        driver records its time and looks at its machines.
+        driver looks at its machines.
         """
         if signal.getsignal(signal.SIGUSR1) != self._handle_signal:
             self._install_signal_handlers()  # Tune replaces the SIGUSR1 handler when it starts
-        self._record_wall_seconds()
-        if self.stop_file.exists():
+        if self._is_stopping():
             return True
         machines.check()
-        return self.stop_file.exists() or budget.describe_spent() is not None
+        return self._is_stopping() or budget.describe_spent() is not None
+
+    def _is_stopping(self) -> bool:
+        """Return whether the run is asked to stop. Cheap."""
+        # A signal counts at once, a request from elsewhere within a second.
+        return self.stop_signal is not None or self.stop_request.exists()
+
+    def _tick(self, ledger: Ledger) -> None:
+        """Record what is due while trials run. Called often."""
+        self._record_wall_seconds()
+        if self._results_pace.is_due():
+            ledger.write_longest_wait()
 
     def _finish(self) -> ExitCode:
         """Record the final state, write the report, and return the exit code."""

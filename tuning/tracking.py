@@ -1,6 +1,6 @@
 """Mirror the record to Weights & Biases.
 
-There is one W&B run per trial, written by the driver from the ledger's own record.
+There is one W&B run per trial, written by a thread of the driver from the run's own record.
 
 The W&B id of a trial consists of the run's and the trial's name. A resumed sweep
 rewrites the W&B run of an unfinished trial from `metrics.jsonl`, so that each trial has
@@ -10,21 +10,25 @@ one folder with its whole history, whatever was killed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorafleet.evaluation.render.wandb import (
     Mode,
     get_requested_mode,
-    ignore_tracking_errors,
     open_wandb,
+    remove_wandb_runs,
     resolve_wandb_mode,
 )
 from lorafleet.evaluation.report.search import find_best_evaluation
 from lorafleet.jobs import files
 from lorafleet.jobs.data.hub import resolve_public_base
-from lorafleet.jobs.runs.events import NoteEvent
+from lorafleet.jobs.runs.events import NoteEvent, TrackingFailedEvent
+from lorafleet.jobs.runs.lease import StaleAttempt
 from lorafleet.jobs.runs.records import MetricsRow, TrialParams
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
@@ -32,6 +36,10 @@ from lorafleet.jobs.schema.job import JobSpec
 if TYPE_CHECKING:
     from lorafleet.tuning.ledger import Listener
 
+_MAX_WAITING = 10_000
+"""Calls that may wait for W&B; a result is about 2 kB."""
+_CLOSE_SECONDS = 300.0
+"""Seconds that the end of a search waits for W&B."""
 _NOT_LOGGED = {
     "schema_version",
     "time",
@@ -45,7 +53,7 @@ _NOT_LOGGED = {
 
 
 @contextlib.contextmanager
-def open_trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
+def open_trackers(run: Run, job: JobSpec, trials: Iterable[Trial]) -> Iterator[list[Listener]]:
     """Yield the listeners that a job asks for, and close what they hold open on exit.
 
     The list is empty if tracking is disabled. Errors of W&B never leave this function: they
@@ -53,6 +61,7 @@ def open_trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
 
     Args:
         run: Its `wandb/` folder is created.
+        trials: Its trials of earlier attempts.
     """
     mode = resolve_wandb_mode(job)
     if mode == "disabled":
@@ -65,26 +74,122 @@ def open_trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
                 "tracked offline: log in with `wandb login`, then upload it with `lorafleet sync`"
             )
         )
-    mirror = WandbMirror(run, job, mode)
-    with ignore_tracking_errors(run):
-        mirror.write_missing()
+    earlier = {trial.id: trial.state.has_ended for trial in trials}
+    tracker = BackgroundTracker(run, WandbMirror(run, job, mode, earlier))
     try:
-        yield [mirror]
+        yield [tracker]
     finally:
-        with ignore_tracking_errors(run):
-            mirror.close()
+        tracker.close()
+
+
+class _Mirror(Protocol):
+    """What a `BackgroundTracker` calls, in its thread. Trials are given by their ids."""
+
+    def write_missing(self) -> None: ...
+    def begin(self, trial_id: str) -> None: ...
+    def log(self, trial_id: str, row: MetricsRow) -> None: ...
+    def end(self, trial_id: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class BackgroundTracker:
+    """Passes what the ledger records on to a mirror, in a thread.
+
+    A `Listener`. The search never waits for it: opening a W&B run takes seconds. Results that
+    do not fit into the queue are left out; the mirror reads them from the record when the
+    trial ends. If the mirror raises an error, it is not used any more, and a note says so.
+
+    Args:
+        run: The run; this thread writes its events.
+        mirror: Used in the new thread only.
+        max_waiting: Number of calls that may wait before results are left out.
+        close_seconds: Seconds that `close` waits for the mirror.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        mirror: _Mirror,
+        max_waiting: int = _MAX_WAITING,
+        close_seconds: float = _CLOSE_SECONDS,
+    ) -> None:
+        self.run, self.mirror = run, mirror
+        self.max_waiting, self.close_seconds = max_waiting, close_seconds
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._calls.put(mirror.write_missing)
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def on_begin(self, trial: Trial) -> None:
+        """Mirror the start of a trial."""
+        self._put(partial(self.mirror.begin, trial.id))
+
+    def on_row(self, trial: Trial, row: MetricsRow) -> None:
+        """Mirror a result."""
+        if self._calls.qsize() < self.max_waiting:
+            self._put(partial(self.mirror.log, trial.id, row))
+
+    def on_end(self, trial: Trial) -> None:
+        """Mirror the end of a trial."""
+        self._put(partial(self.mirror.end, trial.id))
+
+    def close(self) -> None:
+        """Wait until everything is mirrored, but not for ever."""
+        self._put(self.mirror.close)
+        self._calls.put(None)
+        self._thread.join(self.close_seconds)
+        if self._thread.is_alive():
+            self._record(
+                f"W&B did not take everything within {self.close_seconds:.0f} seconds. The run's "
+                "own record is complete: upload it with `lorafleet sync`"
+            )
+        elif self._error is not None:
+            self._record_error(self._error)
+
+    def _put(self, call: Callable[[], None]) -> None:
+        """Let the thread make a call."""
+        error, self._error = self._error, None
+        if error is not None:
+            self._record_error(error)
+        if self._thread.is_alive():
+            self._calls.put(call)
+
+    def _record_error(self, error: Exception) -> None:
+        # Another attempt has the run: this one finds out by itself, and must not write.
+        if not isinstance(error, StaleAttempt):
+            text = f"{type(error).__name__}: {error}"[:500]
+            self.run.add_event(TrackingFailedEvent(error=text))
+
+    def _record(self, sentence: str) -> None:
+        self.run.add_event(NoteEvent(sentence=sentence))
+
+    def _work(self) -> None:
+        """Make the calls in their order, until one raises or `close` ends the thread."""
+        while (call := self._calls.get()) is not None:
+            try:
+                call()
+            # Whatever W&B's client may raise: tracking must not end a run.
+            except Exception as error:  # noqa: BLE001
+                self._error = error
+                return
 
 
 class WandbMirror:
     """Mirror with one open W&B run for each running trial.
 
-    A `Listener` of the ledger, in the driver: trials need no connection to W&B, and a trial
-    that waits does not wait for it. Use `open_trackers`, which closes it.
+    Trials need no connection to W&B. Everything is read from the run's files, as a reader of
+    the run would: the driver's own view of them changes meanwhile.
+
+    Args:
+        earlier: Trial of an earlier attempt -> whether it has ended.
     """
 
-    def __init__(self, run: Run, job: JobSpec, mode: Mode) -> None:
-        self.run, self.job, self.mode = run, job, mode
+    def __init__(self, run: Run, job: JobSpec, mode: Mode, earlier: Mapping[str, bool]) -> None:
+        self.run, self.job, self.mode, self.earlier = run, job, mode, earlier
         self.open: dict[str, Any] = {}
+        # Trial id -> last step that was logged.
+        self.last_step: dict[str, int] = {}
         self.folder = run.path / "wandb"
         self.folder.mkdir(exist_ok=True)
 
@@ -99,41 +204,48 @@ class WandbMirror:
     def write_missing(self) -> None:
         """Rewrite the W&B runs of ended trials that an earlier attempt did not close."""
         closed = {row["trial_id"] for row in files.read_jsonl(self.closed_file)}
-        for trial in self.run.list_trials():
-            if trial.state.has_ended and trial.id not in closed:
-                self.on_begin(trial)
-                self.on_end(trial)
+        unclosed = [trial_id for trial_id in self.earlier if trial_id not in closed]
+        left = {self._get_wandb_id(trial_id) for trial_id in unclosed}
+        remove_wandb_runs(self.run, lambda wandb_id: wandb_id in left)
+        for trial_id in unclosed:
+            if self.earlier[trial_id]:
+                self.begin(trial_id)
+                self.end(trial_id)
 
-    def on_begin(self, trial: Trial) -> None:
+    def _get_wandb_id(self, trial_id: str) -> str:
+        return f"{self.run.id}-{trial_id}"
+
+    def begin(self, trial_id: str) -> None:
         """Open a trial's W&B run, and log what the trial has recorded so far."""
-        if trial.id in self.open:
+        if trial_id in self.open:
             return
-        params = trial.read_params()
+        params = self.run.get_trial(trial_id).read_params()
         config = {"assignment": params.assignment, **params.resolved}
         wandb_run = open_wandb(
             self.run,
             self.job,
             self.mode,
-            f"{self.run.id}-{trial.id}",
-            trial.id,
+            self._get_wandb_id(trial_id),
+            trial_id,
             job_type="trial",
             config=config,
         )
-        self.open[trial.id] = wandb_run
+        self.open[trial_id] = wandb_run
         # Online, W&B has the rows of earlier attempts. Offline, the new folder starts empty.
-        next_step = int(wandb_run.step) if self.mode == "online" else 0
-        for row in trial.read_metrics():
-            if row.step >= next_step:
-                self._log_row(wandb_run, row)
+        self.last_step[trial_id] = int(wandb_run.step) - 1 if self.mode == "online" else -1
+        self._log_recorded(trial_id)
 
-    def on_row(self, trial: Trial, row: MetricsRow) -> None:
-        """Log one report."""
-        wandb_run = self.open.get(trial.id)
-        if wandb_run is not None:
-            self._log_row(wandb_run, row)
+    def _log_recorded(self, trial_id: str) -> None:
+        """Log the rows of the record that were not logged yet."""
+        for row in self.run.get_trial(trial_id).read_metrics():
+            self.log(trial_id, row)
 
-    def _log_row(self, wandb_run: Any, row: MetricsRow) -> None:
-        """Log a row's values under W&B names."""
+    def log(self, trial_id: str, row: MetricsRow) -> None:
+        """Log a result, unless that was done."""
+        wandb_run = self.open.get(trial_id)
+        if wandb_run is None or row.step <= self.last_step[trial_id]:
+            return
+        self.last_step[trial_id] = row.step
         logged = {
             key: value
             for key, value in files.replace_non_finite(row.to_dict()).items()
@@ -143,14 +255,15 @@ class WandbMirror:
         metrics = {_to_wandb_name(key, names): value for key, value in logged.items()}
         wandb_run.log(metrics, step=row.step)
 
-    def on_end(self, trial: Trial) -> None:
+    def end(self, trial_id: str) -> None:
         """Write a trial's summary and close its W&B run.
 
         The trial is then listed in `closed.jsonl`, after W&B has written everything.
         """
-        wandb_run = self.open.pop(trial.id, None)
-        if wandb_run is None:
+        if trial_id not in self.open:
             return
+        self._log_recorded(trial_id)
+        trial, wandb_run = self.run.get_trial(trial_id), self.open.pop(trial_id)
         status, params = trial.read_status(), trial.read_params()
         wandb_run.summary["state"] = status.state
         wandb_run.summary["rung"] = status.rung
@@ -164,11 +277,12 @@ class WandbMirror:
         # An older attempt that wakes up must not close a run that a newer one writes.
         self.run.check_current()
         wandb_run.finish(exit_code=1 if status.state == "failed" else 0)
-        files.append_jsonl(self.closed_file, {"trial_id": trial.id})
+        files.append_jsonl(self.closed_file, {"trial_id": trial_id})
 
     def close(self) -> None:
         """Close the W&B runs that are still open after an interrupted sweep."""
-        for wandb_run in self.open.values():
+        for trial_id, wandb_run in self.open.items():
+            self._log_recorded(trial_id)
             wandb_run.finish()
         self.open.clear()
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.types import Assignment
 from lorafleet.tuning.ledger import Ledger
 from lorafleet.tuning.proposals import Proposals
+from lorafleet.tuning.trial_table import TrackedTrial
 
 
 class NoTrial(Enum):
@@ -66,31 +67,21 @@ class TrialQueue:
         proposals: Proposals,
         total: int,
         max_open: int,
-        create: Callable[[Assignment, int], Trial],
+        create: Callable[[Assignment, int], TrackedTrial],
         should_stop: Callable[[], bool],
         threads: ThreadShare,
     ) -> None:
         self.ledger, self.proposals = ledger, proposals
         self.total, self.max_open = total, max_open
         self.create, self.should_stop, self.threads = create, should_stop, threads
-        self.unfinished = [trial for trial in self.run.list_trials() if not trial.state.has_ended]
-        self.earlier_ids = {trial.id for trial in self.run.list_trials()}
+        self.unfinished = deque(ledger.trials.unended.values())
+        self.earlier_ids = {trial.id for trial in ledger.trials}
         # Trials of earlier attempts count towards the total.
         self.created = len(self.earlier_ids)
         self.open_threads: dict[str, int] = {}
         """Threads of the trials that are handed out and have not ended, by id."""
 
-    @property
-    def is_stopped(self) -> bool:
-        """Return whether the run is asked to stop. A spent budget does not count."""
-        return (self.run.path / "stop").exists()
-
-    @property
-    def run(self) -> Run:
-        """Run that the trials belong to."""
-        return self.ledger.run
-
-    def take(self) -> Trial | NoTrial:
+    def take(self) -> TrackedTrial | NoTrial:
         """Return the next trial to run, or why there is none."""
         if self.should_stop():
             return NoTrial.END
@@ -108,7 +99,7 @@ class TrialQueue:
         """Number of trials that are handed out and have not ended."""
         return len(self.open_threads)
 
-    def _record_threads(self, trial: Trial) -> int:
+    def _record_threads(self, trial: TrackedTrial) -> int:
         """Return the threads of a trial; they are recorded when it is first handed out.
 
         A trial keeps its number: sums of another number of threads are rounded differently.
@@ -120,10 +111,10 @@ class TrialQueue:
             trial.set_state(trial.state, threads=threads)
         return threads
 
-    def _find_next(self) -> Trial | None:
+    def _find_next(self) -> TrackedTrial | None:
         """Return the next trial, unfinished ones first; None if there is none now."""
         if self.unfinished:
-            return self.unfinished.pop(0)
+            return self.unfinished.popleft()
         while self.created < self.total:
             assignment = self.proposals.next()
             if assignment is None:
@@ -135,7 +126,7 @@ class TrialQueue:
             return trial
         return None
 
-    def complete(self, trial: Trial) -> None:
+    def complete(self, trial: TrackedTrial) -> None:
         """Report the outcome to the proposals; a trial that waits for a restart is queued again."""
         del self.open_threads[trial.id]
         if trial.state.has_ended:
@@ -144,7 +135,7 @@ class TrialQueue:
             self.unfinished.append(trial)
 
 
-def build_config(trial: Trial) -> dict[str, Any]:
+def build_config(trial: TrackedTrial) -> dict[str, Any]:
     """Return what a host must know of a trial that was handed out."""
     return {
         "trial_id": trial.id,
@@ -153,14 +144,10 @@ def build_config(trial: Trial) -> dict[str, Any]:
     }
 
 
-def report_outcome(proposals: Proposals, ledger: Ledger, trial: Trial) -> None:
-    """Report to the proposals how a trial ended, from the trial's own record.
+def report_outcome(proposals: Proposals, ledger: Ledger, trial: TrackedTrial) -> None:
+    """Report to the proposals how a trial ended, from its record.
 
     Used for trials of this attempt and, at its start, for those of earlier ones.
     """
-    scores = {
-        row.step: score
-        for row in trial.read_evaluations()
-        if (score := row.get_metric(ledger.metric)) is not None
-    }
+    scores = ledger.results[trial.id].scores
     proposals.tell(trial.read_params().assignment, scores, trial.state)

@@ -34,10 +34,11 @@ from lorafleet.training.model import Base
 from lorafleet.training.session import TrainingSession
 from lorafleet.training.strategies import Ranks
 from lorafleet.training.watchdog import Watchdog
+from lorafleet.tuning.progress import ASK_SECONDS, DriverLink, describe_progress
 from lorafleet.tuning.trial_report import TrialReport
 
-_HEARTBEAT_SECONDS = 1.5
-"""Seconds between two checks of the stop file, and between two heartbeats."""
+_HEARTBEAT_SECONDS = ASK_SECONDS
+"""Seconds between two heartbeats, which tell the driver the progress of the trial."""
 _MAX_STEPS = 100
 """Maximum number of steps of a group between two heartbeats."""
 _NOTICE_SECONDS = 5.0
@@ -66,6 +67,9 @@ class Work:
     """True to use the search's schedule, False to use that of a single training."""
     attempt: int | None = None
     """Number of the driver's attempt at the run, which is recorded with every write."""
+    link: DriverLink | None = None
+    """Connection to the driver. None without a driver: the stop file is read, and progress is not
+    shown."""
 
     @property
     def attempt_run(self) -> Run:
@@ -74,6 +78,8 @@ class Work:
 
     def is_stop_requested(self) -> bool:
         """Return whether the run is asked to stop (Ctrl-C, `lorafleet stop`, preemption)."""
+        if self.link is not None:
+            return self.link.is_stop_requested()
         return (Path(self.run) / "stop").exists()
 
 
@@ -97,8 +103,8 @@ class TrialRun:
 
     The host calls `open` once, then `advance` until its report is `done` or `stopping` or
     has a `failure`, then `close`. The trial continues from its checkpoint if there is one.
-    This class writes weights, checkpoints and progress; metrics and states are written by
-    the driver.
+    This class writes weights and checkpoints; metrics, states and progress are written by the
+    driver.
 
     Args:
         config: `trial_id` and `assignment` of the trial.
@@ -321,8 +327,9 @@ class TrialRun:
                 row = session.advance(target, seconds=_HEARTBEAT_SECONDS)
             else:  # clocks differ between processes, so all must stop at the same step
                 row = session.advance(min(target, session.step + self.steps_a_beat))
-            if self.ranks.rank == 0:
-                self._write_progress(row)
+            if self.ranks.rank == 0 and self.work.link is not None:
+                progress = describe_progress(row, self.plan.total_steps)
+                self.work.link.send_progress(self.trial.id, progress)
             now = time.monotonic()
             # A group stops by steps, so their number follows the measured speed.
             fitting_steps = round(
@@ -340,9 +347,9 @@ class TrialRun:
         preempted.
         """
         now = time.monotonic()
-        stop, check_node = self._broadcast_ints(
-            self.work.is_stop_requested(), now - self.looked_at > _NOTICE_SECONDS
-        )
+        # Only the first process asks: its answer is everybody's.
+        must_stop = self.ranks.rank == 0 and self.work.is_stop_requested()
+        stop, check_node = self._broadcast_ints(must_stop, now - self.looked_at > _NOTICE_SECONDS)
         self.stopping = bool(stop)
         if check_node:
             self.looked_at = now
@@ -378,18 +385,6 @@ class TrialRun:
         tensor = torch.tensor(values, dtype=torch.int32, device=self.device)
         distributed.broadcast(tensor, src=0)
         return tensor.tolist()
-
-    def _write_progress(self, row: dict[str, Any]) -> None:
-        """Write the trial's progress to progress.json.
-
-        It is only shown, so it is written without a check of the attempt.
-        """
-        fields = ("step", "samples", "train_loss", "tokens_per_second", "train_seconds")
-        progress = {key: row[key] for key in fields}
-        files.write_json(
-            self.trial.path / "progress.json",
-            progress | {"total": self.plan.total_steps, "time": time.time()},
-        )
 
     def _evaluate(self, session: TrainingSession) -> dict[str, Any]:
         """Evaluate the adapter, save its weights if it is the best so far, and return the row.

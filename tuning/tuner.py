@@ -5,27 +5,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafleet.jobs.runs.events import RayLeftEvent
-from lorafleet.jobs.runs.run import Run, TrialState
+from lorafleet.jobs.runs.run import Run
+
+if TYPE_CHECKING:
+    from lorafleet.tuning.searcher import ProposalSearcher
 
 _RELEASE_SECONDS = 5.0
 """Seconds that Ray has to release the placement groups of stopped trials."""
-_STOP_CHECK_SECONDS = 1.0
-"""Seconds between two checks of the trials of a run that is asked to stop."""
-_SAVE_SECONDS = 300.0
-"""Seconds that trials have to save when a run is asked to stop."""
 
 
 def run_tuner(
     run: Run,
     attempt: int,
     trainable: Any,
-    searcher: Any,
+    searcher: ProposalSearcher,
     scheduler: Any,
-    stop_file: Path,
+    on_tick: Callable[[], None],
     *,
     reuse_actors: bool,
 ) -> None:
@@ -37,11 +35,13 @@ def run_tuner(
         trainable: What Tune runs for each trial.
         searcher: The `ProposalSearcher`, which ends the search.
         scheduler: It records results and stops trials.
-        stop_file: The file that asks the run to stop.
+        on_tick: Called several times a second. It must not wait.
         reuse_actors: Keep the process of a trial for the next one.
     """
     from ray import tune
     from ray.tune import FailureConfig
+
+    from lorafleet.tuning.stopper import SearchStopper
 
     tuner = tune.Tuner(
         trainable,
@@ -60,7 +60,7 @@ def run_tuner(
             checkpoint_config=tune.CheckpointConfig(
                 checkpoint_frequency=0, checkpoint_at_end=False
             ),
-            stop=_build_stopper(run, stop_file, searcher.is_over),
+            stop=SearchStopper(searcher, on_tick),
             verbose=0,
         ),
     )
@@ -81,45 +81,6 @@ def record_leaked_groups(run: Run) -> None:
             break
         time.sleep(0.2)
     run.add_event(RayLeftEvent(placement_groups=len(leaked)))
-
-
-def _build_stopper(run: Run, path: Path, is_over: Callable[[], bool]) -> Any:
-    """Return Tune's stopper for the stop file, and for the end of the search.
-
-    Trials check the file themselves, save and end. Tune would kill an actor after ten
-    seconds, so this stopper ends the search only when no trial runs (all may wait for
-    machines that never come), or after `_SAVE_SECONDS`.
-
-    Args:
-        path: The stop file.
-        is_over: Returns whether nothing is left to do. Tasks of the searcher that still wait for
-            machines are then given up.
-    """
-    from ray.tune.stopper import Stopper
-
-    class OnFile(Stopper):
-        looked_at = 0.0
-
-        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-            return False
-
-        def stop_all(self) -> bool:
-            if is_over():
-                return True
-            try:
-                age = time.time() - path.stat().st_mtime
-            except FileNotFoundError:
-                return False
-            if age > _SAVE_SECONDS:
-                return True
-            if (
-                time.monotonic() - self.looked_at < _STOP_CHECK_SECONDS
-            ):  # Tune asks ten times a second
-                return False
-            self.looked_at = time.monotonic()
-            return not any(trial.state is TrialState.RUNNING for trial in run.list_trials())
-
-    return OnFile()
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ _ALLOWED_TOP_NAMES = frozenset(
     | {
         "inference.jsonl",
         "pace.json",
+        "progress.json",
         "trials",
         "arms",
         "parts",

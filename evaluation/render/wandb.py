@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,6 +73,7 @@ def track_report(run: Run, job: JobSpec, report: Report, name: str = "report") -
 def _log_report(run: Run, job: JobSpec, report: Report, mode: Mode, name: str) -> None:
     import wandb
 
+    remove_wandb_runs(run, lambda wandb_id: wandb_id == f"{run.id}-{name}")
     wandb_run = open_wandb(run, job, mode, f"{run.id}-{name}", name, job_type=name, config={})
     tables = _build_tables(report, samples=job.tracking.upload_samples)
     wandb_run.log(
@@ -219,6 +220,19 @@ def _is_logged_in(job: JobSpec) -> bool:
         return False
 
 
+def remove_wandb_runs(run: Run, is_left: Callable[[str], bool]) -> None:
+    """Remove the files of W&B runs that will be written again.
+
+    Args:
+        run: The run.
+        is_left: Returns whether those of a W&B run, given by its id, are removed.
+    """
+    for folder in (run.path / "wandb" / "wandb").glob("*run-*-*"):
+        # The name is `run-` or `offline-run-`, the time of its start, `-`, the id.
+        if is_left(folder.name.partition("run-")[2].partition("-")[2]):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def open_wandb(
     run: Run,
     job: JobSpec,
@@ -231,7 +245,7 @@ def open_wandb(
 ) -> Any:
     """Open a W&B run in the group of a run.
 
-    Files of a killed attempt are removed first.
+    Call `remove_wandb_runs` first, for what a killed attempt has left.
 
     Args:
         run: The run. All its W&B runs are grouped under its id.
@@ -250,8 +264,6 @@ def open_wandb(
     run.check_current()
     folder = run.path / "wandb"
     folder.mkdir(exist_ok=True)
-    for stale_folder in folder.glob(f"wandb/*run-*-{name}"):
-        shutil.rmtree(stale_folder, ignore_errors=True)
     tracking = job.tracking
     # W&B would otherwise upload source code, the git state and the console's output, and write to a
     # terminal that shows the live view.

@@ -490,7 +490,7 @@ def _build_row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
     return Row(
         trial_id=trial.id,
         state=trial.state.value,
-        rung=status.rung,
+        rung=trial.find_rung(rows),
         params=params.assignment,
         repeats=params.repeats,
         fold=fold,

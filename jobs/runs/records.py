@@ -182,7 +182,7 @@ class TrialParams(Record):
 
 
 class Progress(Record):
-    """Contents of a trial's progress.json: its heartbeat."""
+    """What a running trial has reached since its last report: its heartbeat."""
 
     step: int = 0
     """Optimizer steps so far; 0 before the first heartbeat."""
@@ -191,6 +191,13 @@ class Progress(Record):
     train_loss: float | None = None
     train_seconds: float | None = None
     tokens_per_second: float | None = None
+
+
+class ProgressRecord(Record):
+    """Contents of a run's progress.json: the heartbeats of all running trials."""
+
+    trials: dict[str, Progress] = {}
+    """Trial id -> its heartbeat."""
 
 
 class MetricsRow(Record):

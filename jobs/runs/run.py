@@ -6,8 +6,8 @@ runs/quickstart-3f9a1c/
     job.yaml            as submitted           resolved.json   every value and its origin
     plan.json           what was planned       status.json     one RunState
     facts.json          digests, revisions     events.jsonl    one line per decision
-    trials/<id>/        params.json status.json metrics.jsonl progress.json test.json
-                        checkpoints/ adapter/
+    progress.json       heartbeats of the running trials
+    trials/<id>/        params.json status.json metrics.jsonl test.json checkpoints/ adapter/
     report/ wandb/ logs/ tune/                 tune/ belongs to Ray Tune, and can be deleted
 """
 
@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -35,6 +35,7 @@ from lorafleet.jobs.runs.records import (
     MetricsRow,
     PlanRecord,
     Progress,
+    ProgressRecord,
     RunMetadata,
     RunStatusRecord,
     TrialParams,
@@ -230,25 +231,45 @@ class Trial:
         """Return the state of the trial; `pending` before one is written."""
         return _parse_state(TrialState, self.read_status().state or "pending", self.path)
 
-    def set_state(self, state: TrialState, **details: Any) -> None:
-        """Write the state together with `details`. Earlier values are kept."""
+    def set_state(self, state: TrialState, **details: Any) -> TrialStatus:
+        """Write the state together with `details`, and return the new status.
+
+        Earlier values are kept.
+        """
         self.check_current()
         ended = {"ended": time.time()} if state.has_ended else {}
         stamps = {"updated": time.time(), **ended, **_make_stamp(self.attempt)}
-        files.write_json(
-            self.path / "status.json",
-            self.read_status().to_dict() | {"state": state} | details | stamps,
-        )
+        values = self.read_status().to_dict() | {"state": state.value} | details | stamps
+        files.write_json(self.path / "status.json", values)
+        return TrialStatus.model_validate(values)
 
     def read_metrics(self) -> list[MetricsRow]:
         """Return all rows of metrics.jsonl, oldest first."""
         return _drop_stale(read_rows(self.path / "metrics.jsonl", MetricsRow))
 
-    def add_row(self, row: MetricsRow) -> None:
-        """Append a line to metrics.jsonl."""
+    def add_rows(self, *rows: MetricsRow) -> None:
+        """Append lines to metrics.jsonl."""
         self.check_current()
-        line = {"time": time.time(), **row.to_dict(), **_make_stamp(self.attempt)}
-        files.append_jsonl(self.path / "metrics.jsonl", line)
+        lines = [
+            {"time": time.time(), **row.to_dict(), **_make_stamp(self.attempt)} for row in rows
+        ]
+        files.append_jsonl(self.path / "metrics.jsonl", *lines)
+
+    def read_progress(self) -> Progress:
+        """Return the heartbeat of the trial; empty if it does not run.
+
+        `Run.read_progress` reads those of many trials at once.
+        """
+        return Run(self.path.parent.parent).read_progress().get(self.id, Progress())
+
+    def find_rung(self, rows: Sequence[MetricsRow]) -> int | None:
+        """Return the last rung that the trial has reached, or None.
+
+        Args:
+            rows: Its `read_metrics`.
+        """
+        rungs = (row.rung for row in reversed(rows) if row.rung is not None)
+        return next(rungs, self.read_status().rung)
 
     def read_evaluations(self) -> list[MetricsRow]:
         """Return the rows of metrics.jsonl that hold an evaluation."""
@@ -257,10 +278,6 @@ class Trial:
     def read_held_out(self) -> HeldOutScores:
         """Return the held-out evaluation of the trial's weights; empty before there is one."""
         return read_typed(self.path / "test.json", HeldOutScores)
-
-    def read_progress(self) -> Progress:
-        """Return the heartbeat of a running trial."""
-        return read_typed(self.path / "progress.json", Progress)
 
 
 def _make_stamp(attempt: int | None) -> dict[str, int]:
@@ -383,6 +400,18 @@ class Run:
         return read_typed(self.path / "status.json", RunStatusRecord)
 
     @property
+    def progress_file(self) -> Path:
+        """Return the file of `read_progress`."""
+        return self.path / "progress.json"
+
+    def read_progress(self) -> dict[str, Progress]:
+        """Return the heartbeats of the running trials, by trial id.
+
+        Those of array tasks and of arms are in runs of their own.
+        """
+        return read_typed(self.progress_file, ProgressRecord).trials
+
+    @property
     def state(self) -> RunState:
         """Return the recorded state.
 
@@ -490,12 +519,7 @@ class Run:
             try:
                 has_params = bool(trial.read_params().to_dict())
                 # Reading raises for damaged files.
-                for read in (
-                    trial.read_status,
-                    trial.read_metrics,
-                    trial.read_progress,
-                    trial.read_held_out,
-                ):
+                for read in (trial.read_status, trial.read_metrics, trial.read_held_out):
                     read()
                 _ = trial.state
                 if has_params:
@@ -517,13 +541,17 @@ class Run:
             ]
         return messages
 
-    def add_trial(self, trial_id: str, index: int, assignment: Assignment) -> Trial:
-        """Create the folder of a trial if it does not exist, and return the trial."""
+    def add_trial(self, trial_id: str, index: int, assignment: Assignment, **params: Any) -> Trial:
+        """Create the folder of a trial if it does not exist, and return the trial.
+
+        Args:
+            params: Other fields of `TrialParams`.
+        """
         trial = self.get_trial(trial_id)
-        if not (trial.path / "params.json").is_file():
-            files.write_json(trial.path / "params.json", {"index": index, "assignment": assignment})
+        path = trial.path / "params.json"
+        if not path.is_file():
+            files.write_json(path, {"index": index, "assignment": assignment, **params})
             self.add_event(TrialEvent(trial_id=trial_id))
-            trial.set_state(TrialState.PENDING)
         return trial
 
     def add_event(self, event: Event) -> None:

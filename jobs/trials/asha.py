@@ -9,6 +9,7 @@ addition of lorafleet.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -56,31 +57,48 @@ def _apply_sign(value: float | None, goal: Goal) -> float:
     return value if goal == "maximize" else -value
 
 
-def compute_rung_cutoff(scores: Sequence[RungScore], eta: int) -> RungScore:
-    """Return the lowest score among the best 1/eta of a rung.
+class Rung:
+    """Scores of the trials that have reached a rung.
 
-    At least one trial is always promoted, so the first to arrive continues.
-
-    Args:
-        scores: Scores of all trials that have reached the rung so far.
-        eta: Reduction factor.
-
-    Raises:
-        ValueError: The rung is empty.
+    They are kept in order: a decision costs O(log N) comparisons.
     """
-    if not scores:
-        raise ValueError("a rung without scores has no cutoff")
-    survivors = max(1, len(scores) // eta)
-    return sorted(scores, reverse=True)[survivors - 1]
 
+    def __init__(self) -> None:
+        self.scores: dict[str, RungScore] = {}
+        """Trial id -> score."""
+        self._ascending: list[RungScore] = []
 
-def is_promoted(score: RungScore, scores: Sequence[RungScore], eta: int) -> bool:
-    """Return whether a trial is promoted past a rung.
+    def add(self, trial_id: str, score: RungScore) -> None:
+        """Add the score of a trial. A later score of the same trial replaces it."""
+        previous = self.scores.get(trial_id)
+        if previous is not None:
+            del self._ascending[bisect.bisect_left(self._ascending, previous)]
+        self.scores[trial_id] = score
+        bisect.insort(self._ascending, score)
 
-    `scores` are the scores of the rung, including its own. Ties in score and loss are
-    promoted; a NaN score never is.
-    """
-    return score[0] > -math.inf and score >= compute_rung_cutoff(scores, eta)
+    def compute_cutoff(self, eta: int) -> RungScore:
+        """Return the lowest score among the best 1/eta so far.
+
+        At least one trial is always promoted, so the first to arrive continues.
+
+        Args:
+            eta: Reduction factor.
+
+        Raises:
+            ValueError: The rung has no scores.
+        """
+        if not self._ascending:
+            raise ValueError("a rung without scores has no cutoff")
+        return self._ascending[-max(1, len(self._ascending) // eta)]
+
+    def is_promoted(self, trial_id: str, eta: int) -> bool:
+        """Return whether a trial is promoted past the rung, compared with the scores so far.
+
+        Ties in score and loss are promoted; a NaN score never is. Raises KeyError for a trial
+        without a score.
+        """
+        score = self.scores[trial_id]
+        return score[0] > -math.inf and score >= self.compute_cutoff(eta)
 
 
 def estimate_survivors(arrivals: float, eta: int) -> float:

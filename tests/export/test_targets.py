@@ -52,7 +52,7 @@ def trained(loaded: LoadedJob, folder: Path) -> Run:
     made = session(loaded.job)
     finish(made)
     made.save_weights(trial.get_weights_folder(loaded.job.method))
-    trial.add_row(
+    trial.add_rows(
         MetricsRow.model_validate(
             {
                 "step": 1,

@@ -208,7 +208,7 @@ def on_storage(site: KubernetesSite, submitted: Callable[..., Run]) -> tuple[Run
     there.set_state(RunState.RUNNING)
     for number, accuracy in enumerate((0.5, 0.75)):
         trial = there.add_trial(f"trial{number}", number, {"train.learning_rate": 0.1})
-        trial.add_row(
+        trial.add_rows(
             MetricsRow.model_validate({"step": 1, "evaluated": True, "accuracy": accuracy})
         )
         trial.set_state(TrialState.FINISHED)

@@ -619,7 +619,7 @@ def test_the_record_comes_through_the_head(
         there.path / "trials/trial1/metrics.jsonl"
     ).read_bytes()
     assert get_backend(here).pull(here, "none", lambda _: None) == 1  # W&B's: all else is as it was
-    there.get_trial("trial0").add_row(MetricsRow.model_validate({"step": 2}))
+    there.get_trial("trial0").add_rows(MetricsRow.model_validate({"step": 2}))
     assert get_backend(here).pull(here, "none", lambda _: None) == 1
     assert len(here.get_trial("trial0").read_metrics()) == 2
     assert not server.all("Job")

@@ -32,7 +32,7 @@ def run_of(loaded: LoadedJob, folder: Path, trained_with: int | None) -> Run:
         files.write_json(run.path / "facts.json", {"prompt_format": trained_with})
     trial = run.add_trial("aaaa", 0, {})
     trial.get_weights_folder(loaded.job.method).mkdir(parents=True)
-    trial.add_row(
+    trial.add_rows(
         MetricsRow.model_validate(
             {
                 "step": 1,

@@ -29,7 +29,7 @@ def a_part(run: Run, number: int, attempts: int) -> Run:
         writer = Run(part.path, attempt=lease.attempt)
         writer.set_state(RunState.RUNNING, wall_seconds=10.0 * attempt)
         trial = writer.add_trial(f"t{number}", number, {})
-        trial.add_row(MetricsRow.model_validate({"step": attempt}))
+        trial.add_rows(MetricsRow.model_validate({"step": attempt}))
         writer.add_event(WarningEvent(trial_id=trial.id, sentence=f"said {attempt}"))
         lease.release()
     return part
@@ -53,7 +53,7 @@ def test_trials_of_all_parts_go_on_in_the_run(run: Run) -> None:
     merge_tasks(run, AttemptRecord(), lambda _: None)
     assert not (run.path / "parts").exists()
     assert [str(trial.state) for trial in run.list_trials()] == ["finished", "pending"]
-    run.get_trial("t0").add_row(
+    run.get_trial("t0").add_rows(
         MetricsRow.model_validate({"step": 4})
     )  # the run's first attempt, after a part's third
     assert [row.step for row in run.get_trial("t0").read_metrics()] == [1, 2, 3, 4]
@@ -72,7 +72,7 @@ def test_a_part_that_was_taken_over_writes_nothing_more(run: Run) -> None:
     stale = Run(run.get_array_task(1).path, attempt=1)
     merge_tasks(run, AttemptRecord(), lambda _: None)
     with pytest.raises(StaleAttempt, match="was replaced by another one, and stops writing"):
-        stale.get_trial("t1").add_row(MetricsRow.model_validate({"step": 9}))
+        stale.get_trial("t1").add_rows(MetricsRow.model_validate({"step": 9}))
     assert not (run.path / "parts").exists()
 
 

@@ -200,13 +200,16 @@ def test_stacks_come_before_what_the_others_say_of_a_hang(trial: Trial) -> None:
 def test_a_retry_is_counted_where_a_resume_finds_it(bert_job: JobMaker, trial: Trial) -> None:
     job = bert_job(retries={"worker_lost": 2}).job
     ledger = Ledger(Run(trial.path.parent.parent), job, False)
+    tracked = ledger.trials.get(trial.id)
     for number in (1, 2):
-        ledger.record_failure(trial, FailureRecord(failure_class="worker_lost", sentence="killed"))
+        ledger.record_failure(
+            tracked, FailureRecord(failure_class="worker_lost", sentence="killed")
+        )
         assert (trial.state, trial.read_status().retries) == (
             TrialState.PENDING,
             {"worker_lost": number},
         )
-    ledger.record_failure(trial, FailureRecord(failure_class="worker_lost", sentence="killed"))
+    ledger.record_failure(tracked, FailureRecord(failure_class="worker_lost", sentence="killed"))
     assert trial.state is TrialState.FAILED
     assert (
         ledger.run.list_remarks()[1] == "0123456789 restarted (retry 2 after worker_lost): killed"

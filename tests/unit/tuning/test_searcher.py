@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
 
-from lorafleet.jobs.runs.run import Run, Trial, TrialState
+from lorafleet.jobs.runs.run import Run, TrialState
 from lorafleet.jobs.schema.types import Assignment
 from lorafleet.tuning.evaluation_queue import EvaluationQueue
 from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.progress import StopFile
 from lorafleet.tuning.proposals import ListProposals
 from lorafleet.tuning.searcher import ProposalSearcher
 from lorafleet.tuning.trial_queue import ThreadShare, TrialQueue
+from lorafleet.tuning.trial_table import TrackedTrial
 from tests.conftest import JobMaker
 
 
@@ -26,22 +30,23 @@ class Tune:
         self.run = Run(folder / "run")
         self.run.path.mkdir()
         rates: list[Assignment] = [{"train.learning_rate": (i + 1) * 1e-3} for i in range(trials)]
-        ledger = Ledger(self.run, job_maker().job, searching=False)
+        self.ledger = Ledger(self.run, job_maker().job, searching=False)
+        stop_file = StopFile(self.run.path / "stop", seconds=0.0)
         queue = TrialQueue(
-            ledger,
+            self.ledger,
             ListProposals(rates),
             trials,
             4,
             self.create,
-            lambda: (self.run.path / "stop").exists(),
+            stop_file.exists,
             ThreadShare(usual=1, slots=2),
         )
         self.evaluations = EvaluationQueue(["base"], lambda: finalists)
-        self.searcher = ProposalSearcher(queue, self.evaluations, slots=2)
+        self.searcher = ProposalSearcher(queue, stop_file, self.evaluations, slots=2)
         self.asked = 0
 
-    def create(self, assignment: Assignment, index: int) -> Trial:
-        return self.run.add_trial(f"trial-{index}", index, assignment)
+    def create(self, assignment: Assignment, index: int) -> TrackedTrial:
+        return self.ledger.add_trial(f"trial-{index}", index, assignment)
 
     def ask(self) -> tuple[str, Any]:
         """The id of a task, and what it is: a trial, `evaluate NAME`, `standby`, or Tune's words."""
@@ -58,6 +63,14 @@ class Tune:
         if state is not None:
             self.searcher.open_trials[name].set_state(state)
         self.searcher.on_trial_complete(name)
+
+
+def test_tune_saves_nothing_of_the_search(bert_job: JobMaker, tmp_path: Path) -> None:
+    """Tune pickles its searcher at the start: a ledger of thousands of trials stays out of it."""
+    tune = Tune(bert_job, tmp_path, 3, [])
+    tune.searcher.queue.ledger.listeners.append(threading.Lock())  # type: ignore[arg-type]
+    assert len(pickle.dumps(tune.searcher)) < 200
+    assert tune.ask()[1] == "trial-0"
 
 
 def test_idle_actors_are_kept_until_the_finalists_are_known(

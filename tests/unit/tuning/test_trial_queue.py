@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.jobs.runs.run import Run, Trial, TrialState
+from lorafleet.jobs.runs.run import Run, TrialState
 from lorafleet.jobs.schema.types import Assignment
 from lorafleet.tuning.ledger import Ledger
 from lorafleet.tuning.proposals import ListProposals
 from lorafleet.tuning.trial_queue import NoTrial, ThreadShare, TrialQueue, build_config
+from lorafleet.tuning.trial_table import TrackedTrial
 from tests.conftest import JobMaker
 
 RATES: list[Assignment] = [{"train.learning_rate": rate} for rate in (1e-3, 2e-3, 3e-3)]
@@ -31,22 +32,28 @@ class Search:
         self.run = Run(folder / "run")
         self.run.path.mkdir(exist_ok=True)
         self.stopping = False
-        ledger = Ledger(self.run, job_maker().job, searching=False)
+        self.ledger = Ledger(self.run, job_maker().job, searching=False)
         self.queue = TrialQueue(
-            ledger, ListProposals(RATES), 3, max_open, self.create, lambda: self.stopping, threads
+            self.ledger,
+            ListProposals(RATES),
+            3,
+            max_open,
+            self.create,
+            lambda: self.stopping,
+            threads,
         )
 
-    def create(self, assignment: Assignment, index: int) -> Trial:
+    def create(self, assignment: Assignment, index: int) -> TrackedTrial:
         rate = assignment["train.learning_rate"]
-        return self.run.add_trial(f"trial-{rate}", index, assignment)
+        return self.ledger.add_trial(f"trial-{rate}", index, assignment)
 
-    def take(self) -> Trial:
+    def take(self) -> TrackedTrial:
         trial = self.queue.take()
-        assert isinstance(trial, Trial)
+        assert isinstance(trial, TrackedTrial)
         return trial
 
 
-def end(trial: Trial) -> Trial:
+def end(trial: TrackedTrial) -> TrackedTrial:
     trial.set_state(TrialState.FINISHED)
     return trial
 

@@ -935,7 +935,7 @@ def ended(loaded: LoadedJob, folder: Path, right: int, **facts: object) -> Run:
     }
     files.write_json(run.path / "facts.json", known | facts)
     trial = run.add_trial("aaaa", 0, {})
-    trial.add_row(
+    trial.add_rows(
         MetricsRow.model_validate(
             {
                 "step": 1,
@@ -1063,23 +1063,25 @@ def test_the_best_mean_over_folds_is_trained_whole(bert_job: JobMaker, tmp_path:
     ledger = Ledger(run, job, searching=True)
     scores = {2: [0.9, 0.5, 0.9, 0.5], 4: [0.8, 0.8, 0.8, 0.7]}
     for index, assignment in enumerate(search.list_planned_assignments(job, repr)):
-        trial = run.add_trial(f"t{index}", index, assignment)
+        trial = ledger.add_trial(f"t{index}", index, assignment)
         score = scores[int(assignment["lora.lora_r"])][int(assignment["data.fold"])]
-        trial.add_row(
+        ledger.report(
+            trial,
             MetricsRow.model_validate(
                 {"step": 1, "samples": 8, "accuracy": score, "loss": 1.0, "evaluated": True}
-            )
+            ),
         )
         trial.weights.mkdir()
         assert ledger.find_best_assignment() is None
         ledger.end_trial(trial, TrialState.FINISHED)
         assert not trial.weights.is_dir()  # a fold's weights are nobody's
     assert ledger.find_best_assignment() == {"lora.lora_r": 4}
-    whole = run.add_trial("whole", 8, {"lora.lora_r": 4})
-    whole.add_row(
+    whole = ledger.add_trial("whole", 8, {"lora.lora_r": 4})
+    ledger.report(
+        whole,
         MetricsRow.model_validate(
             {"step": 1, "samples": 8, "accuracy": 0.75, "loss": 1.0, "evaluated": True}
-        )
+        ),
     )
     whole.weights.mkdir()
     ledger.end_trial(whole, TrialState.FINISHED)

@@ -50,7 +50,7 @@ def answered(tmp_path: Path, llama_job: JobMaker) -> Run:
     files.write_json(run.path / "facts.json", {"chosen_on_test": False})
     files.write_jsonl(run.get_rows_file("test"), ROWS)
     trial = run.add_trial("aaaa", 0, {})
-    trial.add_row(
+    trial.add_rows(
         MetricsRow.model_validate(
             {
                 "step": 1,

@@ -39,6 +39,7 @@ from lorafleet.jobs.runs.plan import read_plan
 from lorafleet.jobs.runs.report import Recommendation, Row
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.sites.base import LocalSite
+from lorafleet.tuning.progress import ProgressBoard
 from tests.conftest import JobMaker, lorafleet_here
 
 EVIL = "<script>alert('x')</script>"
@@ -494,13 +495,12 @@ def test_a_copied_run_is_read_elsewhere(finished: Run, tmp_path: Path) -> None:
 def test_a_trial_that_has_not_reported_yet_is_shown_as_running(finished: Run) -> None:
     trial = finished.add_trial("eeee", 9, {"lora.lora_r": 4})
     assert collect_trials(finished)[-1].state == "pending"
-    files.write_json(
-        trial.path / "progress.json", {"time": time.time(), "step": 5, "train_seconds": 1.0}
-    )
+    board = ProgressBoard(finished.progress_file)
+    board.update(trial.id, {"time": time.time(), "step": 5, "train_seconds": 1.0})
+    board.write_if_due()
     assert collect_trials(finished)[-1].state == "running"
-    files.write_json(
-        trial.path / "progress.json", {"time": time.time() - 60, "step": 5, "train_seconds": 1.0}
-    )
+    old = {"time": time.time() - 60, "step": 5, "train_seconds": 1.0}
+    files.write_json(finished.progress_file, {"trials": {trial.id: old}})
     assert collect_trials(finished)[-1].state == "pending"
 
 

@@ -127,17 +127,17 @@ def test_a_stale_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     old = Run(run.path, attempt=1)
     old.mark_running()
     trial = old.add_trial("t", 0, {})
-    trial.add_row(MetricsRow.model_validate({"step": 1}))
+    trial.add_rows(MetricsRow.model_validate({"step": 1}))
     told: list[str] = []
     Lease(run.path, 1).start_heartbeat(told.append)
     Lease.acquire(run.path, AttemptRecord()).release()
     new = Run(run.path, attempt=2)
-    new.get_trial("t").add_row(MetricsRow.model_validate({"step": 2}))
+    new.get_trial("t").add_rows(MetricsRow.model_validate({"step": 2}))
     for write in (
         lambda: old.set_state(RunState.RUNNING),
         lambda: old.add_event(NoteEvent(sentence="x")),
         lambda: trial.set_state(TrialState.RUNNING),
-        lambda: trial.add_row(MetricsRow.model_validate({"step": 2})),
+        lambda: trial.add_rows(MetricsRow.model_validate({"step": 2})),
     ):
         with pytest.raises(
             StaleAttempt, match=r"attempt 1 of x-.* was replaced by attempt 2, and stops writing"

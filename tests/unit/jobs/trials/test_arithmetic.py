@@ -51,33 +51,63 @@ def places(*scores: float, goal: Goal = "maximize") -> list[rungs.RungScore]:
     return [rungs.make_rung_score(score, 0.5, goal) for score in scores]
 
 
+def fill(scores: list[rungs.RungScore]) -> rungs.Rung:
+    """A rung with scores of trials "0", "1", ... in the order of their arrival."""
+    rung = rungs.Rung()
+    for name, score in enumerate(scores):
+        rung.add(str(name), score)
+    return rung
+
+
+def pick(scores: list[rungs.RungScore], eta: int = 3) -> list[bool]:
+    """Which of the trials pass a rung that has all these scores."""
+    rung = fill(scores)
+    return [rung.is_promoted(str(name), eta) for name in range(len(scores))]
+
+
 def test_the_second_rung_keeps_the_best_third() -> None:
     six = places(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, goal="minimize")
-    assert rungs.compute_rung_cutoff(six, 3) == six[4]  # 6 / 3 = 2 kept: 0.4 and 0.5
+    assert fill(six).compute_cutoff(3) == six[4]  # 6 / 3 = 2 kept: 0.4 and 0.5
 
 
 def test_the_first_to_arrive_goes_on_and_the_second_must_beat_it() -> None:
-    assert rungs.is_promoted(places(0.5)[0], places(0.5), 3)
-    assert rungs.is_promoted(places(0.6)[0], places(0.5, 0.6), 3)
-    assert not rungs.is_promoted(places(0.4)[0], places(0.5, 0.4), 3)
+    assert pick(places(0.5)) == [True]
+    assert pick(places(0.5, 0.6)) == [False, True]
+    assert pick(places(0.5, 0.4)) == [True, False]
 
 
 def test_ties_go_on_and_nan_never_does() -> None:
-    assert rungs.is_promoted(places(0.5)[0], places(0.5, 0.5, 0.5), 3)
-    assert not rungs.is_promoted(places(math.nan)[0], places(math.nan), 3)
-    assert rungs.compute_rung_cutoff(places(math.nan, 0.2), 3) == places(0.2)[0]
-    assert not rungs.is_promoted(rungs.make_rung_score(None, 0.1, "maximize"), places(math.nan), 3)
+    assert pick(places(0.5, 0.5, 0.5)) == [True, True, True]
+    assert pick(places(math.nan)) == [False]
+    assert fill(places(math.nan, 0.2)).compute_cutoff(3) == places(0.2)[0]
+    assert pick([rungs.make_rung_score(None, 0.1, "maximize")]) == [False]
 
 
 def test_between_equal_scores_the_lower_loss_goes_on() -> None:
     majority = [rungs.make_rung_score(0.58, loss, "maximize") for loss in (0.690, 0.658, 0.687)]
-    assert [rungs.is_promoted(own, majority, 3) for own in majority] == [False, True, False]
-    assert rungs.is_promoted(
-        rungs.make_rung_score(0.59, 0.7, "maximize"),
-        [*majority, rungs.make_rung_score(0.59, 0.7, "maximize")],
-        3,
-    )
-    assert not rungs.is_promoted(rungs.make_rung_score(0.58, math.nan, "maximize"), majority, 3)
+    assert pick(majority) == [False, True, False]
+    assert pick([*majority, rungs.make_rung_score(0.59, 0.7, "maximize")])[-1]
+    assert not pick([*majority, rungs.make_rung_score(0.58, math.nan, "maximize")])[-1]
+
+
+def test_a_rung_without_scores_has_no_cutoff() -> None:
+    with pytest.raises(ValueError, match="no cutoff"):
+        rungs.Rung().compute_cutoff(3)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0.1, 0.2, 0.3, math.nan]))),
+    st.integers(2, 5),
+)
+def test_a_rung_decides_like_a_sorted_list(arrivals: list[tuple[int, float]], eta: int) -> None:
+    rung, scores = rungs.Rung(), {}
+    for name, score in arrivals:  # a later score of a trial replaces the earlier one
+        scores[str(name)] = rungs.make_rung_score(score, 0.5, "maximize")
+        rung.add(str(name), scores[str(name)])
+        kept = sorted(scores.values(), reverse=True)[: max(1, len(scores) // eta)]
+        assert rung.compute_cutoff(eta) == kept[-1]
+        for other, own in scores.items():
+            assert rung.is_promoted(other, eta) == (own[0] > -math.inf and own >= kept[-1])
 
 
 def test_expected_survivors_of_three_arrivals_by_hand() -> None:
@@ -89,7 +119,9 @@ def test_expected_survivors_of_three_arrivals_by_hand() -> None:
 def test_at_least_one_and_at_most_a_share_plus_ties_pass_a_full_rung(
     scores: list[float], eta: int
 ) -> None:
-    passing = [own[0] for own in places(*scores) if rungs.is_promoted(own, places(*scores), eta)]
+    passing = [
+        score for score, passes in zip(scores, pick(places(*scores), eta), strict=True) if passes
+    ]
     assert max(scores) in passing
     assert len(set(passing)) <= max(1, len(scores) // eta)
 

@@ -1,0 +1,95 @@
+"""How far trials are, told through Ray; and the request to stop, told back."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from lorafleet.jobs.runs.run import Run
+from lorafleet.tuning.progress import (
+    ProgressBoard,
+    ProgressExchange,
+    RayLink,
+    StopFile,
+    open_exchange,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _local_ray() -> Iterator[None]:
+    ray.init(
+        "local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.create(tmp_path, "far")
+
+
+def poll_until(exchange: ProgressExchange, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        exchange.poll()
+        time.sleep(0.05)
+
+
+def test_progress_reaches_the_file_and_a_stop_reaches_the_trials(run: Run) -> None:
+    board, stop_file = ProgressBoard(run.progress_file), StopFile(run.path / "stop")
+    with open_exchange(board, stop_file) as exchange:
+        # As a worker gets it. Two processes of one driver share an actor.
+        link, other = (pickle.loads(pickle.dumps(RayLink(exchange.actor))) for _ in range(2))
+        assert not link.is_stop_requested()
+        link.send_progress("a", {"step": 3, "total": 9})
+        poll_until(exchange, lambda: "a" in run.read_progress())
+        assert run.read_progress()["a"].step == 3
+        stop_file.path.touch()
+        poll_until(exchange, link.is_stop_requested)
+        poll_until(exchange, other.is_stop_requested)
+        link.send_progress("a", {"step": 5, "total": 9})
+    board.close()  # what was sent last is not lost
+    assert run.read_progress()["a"].step == 5
+
+
+def test_a_lost_actor_is_restarted(run: Run) -> None:
+    board, stop_file = ProgressBoard(run.progress_file), StopFile(run.path / "stop")
+    with open_exchange(board, stop_file) as exchange:
+        link = RayLink(exchange.actor)
+        link.send_progress("a", {"step": 3})
+        poll_until(exchange, lambda: "a" in run.read_progress())
+        ray.kill(exchange.actor, no_restart=False)
+        step = 3
+
+        def has_arrived() -> bool:
+            nonlocal step
+            step += 1
+            link.send_progress("a", {"step": step})
+            return run.read_progress()["a"].step > 3
+
+        poll_until(exchange, has_arrived)
+        assert not link.is_stop_requested()
+        stop_file.path.touch()
+        poll_until(exchange, link.is_stop_requested)
+
+
+def test_a_trial_does_not_wait_for_an_actor_that_does_not_answer(run: Run) -> None:
+    @ray.remote(num_cpus=0)
+    class Sleeper:
+        def send_progress(self, trial_id: str, progress: dict[str, int]) -> bool:
+            time.sleep(60)
+            return True
+
+    link = RayLink(Sleeper.remote())  # type: ignore[attr-defined]
+    before = time.monotonic()
+    for step in range(100):
+        link.send_progress("a", {"step": step})
+        assert not link.is_stop_requested()
+    assert time.monotonic() - before < 2.0

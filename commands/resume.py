@@ -29,6 +29,7 @@ def resume(
     """Continue a run that was interrupted, killed or failed."""
     from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
+    from lorafleet.commands.followed_run import FollowedRun
     from lorafleet.commands.view import iterate_news
     from lorafleet.commands.watch import follow, show_end
     from lorafleet.evaluation.report.model_of_run import check_prompt_format
@@ -47,7 +48,7 @@ def resume(
         return show_end(selected_run, ExitCode.OK, quiet=quiet, output=output)
     shown_lines: set[str] = set()
     # Consumed but not printed: the news of earlier attempts must not appear again.
-    list(iterate_news(selected_run, shown_lines))
+    list(iterate_news(FollowedRun(selected_run), shown_lines))
     backend.resume(selected_run)
     if detach:
         print_text(selected_run.id)

@@ -18,6 +18,7 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
     """Print one line per trial, and the best trial so far."""
     from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
+    from lorafleet.commands.followed_run import FollowedRun
     from lorafleet.commands.view import collect_trials, find_best_trial, render_run
 
     selected_run = find_run(runs, run)
@@ -25,7 +26,7 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
     backend.refresh(selected_run, print_message)
     run_status = backend.status(selected_run)
     if output is Format.JSON:
-        trials = collect_trials(selected_run)
+        trials = collect_trials(FollowedRun(selected_run))
         best = find_best_trial(trials)
         print_json(
             {
@@ -43,7 +44,7 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
         )
         return
     screen = make_console()
-    screen.print(render_run(selected_run))
+    screen.print(render_run(FollowedRun(selected_run)))
     for damage in selected_run.list_damages():
         screen.print(damage, markup=False)
     if run_status.message:

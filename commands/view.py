@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from lorafleet.commands.followed_run import FollowedRun, FollowedTrial
 from lorafleet.evaluation.report.format import (
     format_duration,
     format_number,
@@ -19,8 +19,8 @@ from lorafleet.evaluation.report.format import (
 )
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.events import Event, SearchEndedEvent, SearchEvent
-from lorafleet.jobs.runs.records import MetricsRow, Progress, raise_damaged_file
-from lorafleet.jobs.runs.run import Run, Trial, TrialState
+from lorafleet.jobs.runs.records import MetricsRow, raise_damaged_file
+from lorafleet.jobs.runs.run import TrialState
 from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.schema.types import FOLD, Goal
 from lorafleet.jobs.text import format_count
@@ -77,25 +77,19 @@ class TrialView(BaseModel):
         return FOLD in self.params
 
 
-def collect_trials(run: Run) -> list[TrialView]:
+def collect_trials(run: FollowedRun) -> list[TrialView]:
     """Return the state of each trial. Trials with damaged files are left out.
 
     Raises:
         RunError: The run's plan.json is damaged.
     """
-    with raise_damaged_file(run.path / "plan.json"):
+    with raise_damaged_file(run.run.path / "plan.json"):
         name, goal = _get_metric(run.read_plan().job)
     views = []
-    heartbeats: dict[Path, dict[str, Progress]] = {}
-    for trial in run.list_trials():
-        # Those of array tasks and of arms are runs of their own.
-        folder = trial.path.parent.parent
-        if folder not in heartbeats:
-            heartbeats[folder] = _read_progress(Run(folder))
+    for followed in run.read_trials():
         # A damaged trial is named by the run's remarks.
-        with contextlib.suppress(RunError), raise_damaged_file(trial.path):
-            heartbeat = heartbeats[folder].get(trial.id, Progress())
-            views.append(_build_trial_view(trial, heartbeat, name, goal))
+        with contextlib.suppress(RunError), raise_damaged_file(followed.trial.path):
+            views.append(_build_trial_view(followed, name, goal))
     return views
 
 
@@ -114,16 +108,9 @@ def _get_metric(job: dict[str, Any]) -> tuple[str, Goal]:
     return name, "minimize" if goal == "minimize" else "maximize"
 
 
-def _read_progress(run: Run) -> dict[str, Progress]:
-    """Return the heartbeats of a run; none if the file is damaged: it is only shown."""
-    try:
-        return run.read_progress()
-    except RunError:
-        return {}
-
-
-def _build_trial_view(trial: Trial, heartbeat: Progress, metric: str, goal: Goal) -> TrialView:
-    params, status, rows = trial.read_params(), trial.read_status(), trial.read_metrics()
+def _build_trial_view(followed: FollowedTrial, metric: str, goal: Goal) -> TrialView:
+    trial, params, status = followed.trial, followed.params, followed.status
+    rows, heartbeat = followed.rows, followed.progress
     last = rows[-1] if rows else MetricsRow(step=0)
     # Between two reports the heartbeat is further; after a report, the row is.
     latest = heartbeat if heartbeat.step > last.step else last
@@ -145,7 +132,7 @@ def _build_trial_view(trial: Trial, heartbeat: Progress, metric: str, goal: Goal
         arm=trial.arm,
         state=state,
         params=params.assignment,
-        rung=trial.find_rung(rows),
+        rung=followed.rung,
         rungs=len(params.rung_levels),
         step=step,
         total_steps=total,
@@ -203,7 +190,7 @@ def describe_best_over_folds(trials: list[TrialView]) -> str | None:
     )
 
 
-def render_run(run: Run, message: str = "") -> RenderableType:
+def render_run(followed: FollowedRun, message: str = "") -> RenderableType:
     """Return the live table of a run.
 
     Args:
@@ -213,11 +200,12 @@ def render_run(run: Run, message: str = "") -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    trials = collect_trials(run)
+    run, trials = followed.run, collect_trials(followed)
     status = run.read_status()
     elapsed = format_duration(float(status.ended or time.time()) - run.created)
     # The driver records how many trials there will be; until then only those that exist are known.
-    searches = run.read_events(SearchEvent)
+    events = followed.read_events()
+    searches = [event for event in events if isinstance(event, SearchEvent)]
     total = searches[-1].trials if searches else None
     if total is None:
         total = len(trials)
@@ -250,7 +238,7 @@ def render_run(run: Run, message: str = "") -> RenderableType:
         )
     parts: list[RenderableType] = [head, *([Text(message, style="dim")] if message else []), table]
     over_folds = describe_best_over_folds(trials)
-    recommended = describe_recommendation(run)
+    recommended = describe_recommendation(events)
     if recommended:
         parts.append(Text(recommended, style="bold"))
     elif best:
@@ -283,17 +271,19 @@ def _format_cells(trial: TrialView, parameters: list[str], *, arms: bool) -> lis
     ]
 
 
-def describe_recommendation(run: Run) -> str | None:
-    """Return the trial that a search recommends, as text; None while it searches."""
+def describe_recommendation(events: Sequence[Event]) -> str | None:
+    """Return the trial that a search recommends, as text; None while it searches.
+
+    Args:
+        events: All events of a run.
+    """
     # A resumed run may search again after it has recommended a trial.
-    events = [
-        event
-        for event in run.read_events(Event)
-        if isinstance(event, SearchEvent | SearchEndedEvent)
-    ]
-    if not events or not isinstance(events[-1], SearchEndedEvent):
+    last = next(
+        (event for event in reversed(events) if isinstance(event, SearchEvent | SearchEndedEvent)),
+        None,
+    )
+    if not isinstance(last, SearchEndedEvent):
         return None
-    last = events[-1]
     rows = f" on {format_count(last.rows, 'validation row')}" if last.rows else ""
     folder = f" ({last.adapter})" if last.adapter else ""
     return (
@@ -302,40 +292,38 @@ def describe_recommendation(run: Run) -> str | None:
     )
 
 
-def iterate_news(run: Run, shown_lines: set[str]) -> Iterator[str]:
+def iterate_news(followed: FollowedRun, shown_lines: set[str]) -> Iterator[str]:
     """Yield log lines that are not in `shown_lines` yet: each phase, evaluation and end, once.
-
-    Reads all of the run's files in each call, which makes it independent of how they were
-    written or downloaded.
 
     Args:
         shown_lines: Lines that were printed before. New lines are added.
     """
-    for line in _iterate_all_news(run):
+    for line in _iterate_all_news(followed):
         if line not in shown_lines:
             shown_lines.add(line)
             yield line
 
 
-def _iterate_all_news(run: Run) -> Iterator[str]:
-    metric, _ = _get_metric(run.read_plan().job)
-    for warning in run.read_metadata().warnings:
+def _iterate_all_news(followed: FollowedRun) -> Iterator[str]:
+    run = followed.run
+    metric, _ = _get_metric(followed.read_plan().job)
+    for warning in followed.read_metadata().warnings:
         yield f"note: {warning}"
-    for trial in run.list_trials():
-        values = format_params(trial.read_params().assignment)
+    for one in followed.read_trials():
+        trial, values = one.trial, format_params(one.params.assignment)
         name = " ".join(filter(None, (trial.arm, trial.id, f"({values})" if values else "")))
-        for row in trial.read_evaluations():
-            yield (
-                f"{name} step {row.step}: {metric} {format_number(row.get_metric(metric))}, "
-                f"train loss {format_number(row.train_loss)}, "
-                f"{format_number(row.tokens_per_second, 0)} tokens/s"
-            )
-        status = trial.read_status()
-        if TrialState(status.state or "pending").has_ended:
-            reason = f": {status.reason}" if status.reason else ""
-            yield f"{name} {status.state}{reason}"
-    yield from run.list_remarks()
-    recommended = describe_recommendation(run)
+        for row in one.rows:
+            if row.evaluated:
+                yield (
+                    f"{name} step {row.step}: {metric} {format_number(row.get_metric(metric))}, "
+                    f"train loss {format_number(row.train_loss)}, "
+                    f"{format_number(row.tokens_per_second, 0)} tokens/s"
+                )
+        if one.has_ended:
+            reason = f": {one.status.reason}" if one.status.reason else ""
+            yield f"{name} {one.status.state}{reason}"
+    yield from followed.list_remarks()
+    recommended = describe_recommendation(followed.read_events())
     if recommended:
         yield recommended
     phase = run.read_status().phase

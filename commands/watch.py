@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from lorafleet.cluster.backend import RunBackend, Watch
 
 _POLL_SECONDS = 0.5
+"""Seconds between two looks whether the run has ended."""
+_READ_SECONDS = 1.0
+"""Seconds between two readings of a run, at least."""
+_READ_SHARE = 10
+"""A run that takes long to read is read for at most one part in so many of the time."""
 REPEATED_SIGNAL_SECONDS = 1.0
 
 
@@ -132,21 +137,47 @@ def _wait_for_end(watch: Watch) -> int:
     return code
 
 
+class _Pace:
+    """Pace at which a run is read while it is followed: slower if reading takes long.
+
+    A run on a busy shared disk must not be read all the time.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def is_due(self) -> bool:
+        """Return whether the run may be read again."""
+        return time.monotonic() >= self._next
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Measure how long the run is read."""
+        started = time.monotonic()
+        yield
+        ended = time.monotonic()
+        self._next = started + max(_READ_SECONDS, _READ_SHARE * (ended - started))
+
+
 def _show_live_view(run: Run, watch: Watch) -> int:
     from rich.live import Live
 
+    from lorafleet.commands.followed_run import FollowedRun
     from lorafleet.commands.screen import SafeRenderable
     from lorafleet.commands.view import render_run
 
+    followed, pace = FollowedRun(run), _Pace()
     with Live(
-        SafeRenderable(render_run(run)),
+        SafeRenderable(render_run(followed)),
         console=make_console(),
         refresh_per_second=2,
         # The final report takes the place of the live view.
         transient=True,
     ) as live:
         while (code := watch.poll()) is None:
-            live.update(SafeRenderable(render_run(run, watch.status.message)))
+            if pace.is_due():
+                with pace.measure():
+                    live.update(SafeRenderable(render_run(followed, watch.status.message)))
             time.sleep(_POLL_SECONDS)
     return code
 
@@ -157,17 +188,20 @@ def _print_news(run: Run, watch: Watch, shown_lines: set[str]) -> int:
     For output that is not a terminal. The driver is asked before the files are read, so the
     last lines are not missed.
     """
+    from lorafleet.commands.followed_run import FollowedRun
     from lorafleet.commands.view import iterate_news
 
-    last_message = ""
+    followed, pace, last_message = FollowedRun(run), _Pace(), ""
     while True:
         code = watch.poll()
         if code is None and watch.status.message not in ("", last_message):
             last_message = watch.status.message
             print_text(last_message)
-        for line in iterate_news(run, shown_lines):
-            print_text(line)
-        sys.stdout.flush()
+        if code is not None or pace.is_due():
+            with pace.measure():
+                for line in iterate_news(followed, shown_lines):
+                    print_text(line)
+            sys.stdout.flush()
         if code is not None:
             return code
         time.sleep(_POLL_SECONDS)

@@ -221,10 +221,11 @@ train: {{per_device_train_batch_size: 4, learning_rate: 1e-2, max_steps: 6}}
 
 
 def hears_ctrl_c() -> None:
-    """Before a program begins: what a shell starts in the background ignores Ctrl-C, and its
-    children do too.
+    """Before a program begins: what a shell starts in the background ignores Ctrl-C, what `nohup`
+    starts ignores the end of the terminal, and their children do too.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def as_overrides(values: dict[str, object]) -> tuple[str, ...]:

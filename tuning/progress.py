@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,7 @@ from lorafleet.jobs import files
 if TYPE_CHECKING:
     from lorafleet.jobs.runs.records import MetricsRow
     from lorafleet.jobs.runs.run import Trial
+    from lorafleet.tuning.trial_table import TrialTable
 
 WRITE_SECONDS = 2.0
 """Seconds between two writes of the progress of all trials."""
@@ -76,56 +78,54 @@ class DriverLink(Protocol):
 
 
 class ProgressBoard:
-    """The progress of all running trials, in the driver, and the file that shows it.
+    """The progress of all trials that have not ended, in the driver, and the file that shows it.
 
-    A `Listener` of the ledger, so that it knows results and ends as well.
-
-    Args:
-        path: `Run.progress_file` of the run.
+    Who watches a run reads this file, and the files of those trials alone of which it says that
+    they have changed. A `Listener` of the ledger.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._trials: dict[str, dict[str, Any]] = {}
-        self._ended: set[str] = set()
+    def __init__(self) -> None:
+        self.trials: TrialTable | None = None
+        """Trials of the search; None until it begins. Nothing is written before."""
+        self._progress: dict[str, dict[str, Any]] = {}
+        self._results = Counter[str]()
         self._pace = Pace(WRITE_SECONDS)
-        self._has_changed = False
 
     def update(self, trial_id: str, progress: dict[str, Any]) -> None:
-        """Take the progress of a trial, unless it is late: the trial has ended."""
-        if trial_id not in self._ended:
-            self._trials[trial_id] = progress
-            self._has_changed = True
+        """Take the progress of a trial."""
+        self._progress[trial_id] = progress
 
     def on_begin(self, trial: Trial) -> None:
-        """Do nothing: a trial without progress is not shown."""
+        """Do nothing: the table knows the state."""
 
     def on_row(self, trial: Trial, row: MetricsRow) -> None:
         """Take a result, which may be written to the trial's own file much later."""
-        values = {key: getattr(row, key) for key in _FIELDS}
-        self.update(trial.id, self._trials.get(trial.id, {}) | values | {"time": time.time()})
+        self._results[trial.id] += 1
+        values = {key: getattr(row, key) for key in _FIELDS} | {"time": time.time()}
+        self.update(trial.id, self._progress.get(trial.id, {}) | values)
 
     def on_end(self, trial: Trial) -> None:
-        """Forget a trial that has ended."""
-        self._ended.add(trial.id)
-        self._has_changed |= self._trials.pop(trial.id, None) is not None
+        """Forget the progress of a trial."""
+        self._progress.pop(trial.id, None)
 
     def write_if_due(self) -> None:
-        """Write the file, if something has changed and the last time is long enough ago."""
-        if self._has_changed and self._pace.is_due():
-            self._write()
+        """Write the file, if the last time is long enough ago."""
+        if self._pace.is_due():
+            self.write()
 
-    def _write(self) -> None:
-        self._has_changed = False
+    def write(self) -> None:
+        """Write the file."""
+        if self.trials is None:
+            return
+        trials = {
+            trial.id: {"state": trial.state.value, "results": self._results[trial.id]}
+            | self._progress.get(trial.id, {})
+            for trial in self.trials.unended.values()
+        }
         # Only shown: neither flushed to the disk nor checked against newer attempts.
-        files.write_json(self.path, {"trials": self._trials}, durable=False)
-
-    def close(self) -> None:
-        """Write how far the trials are that have not ended; remove the file if all have."""
-        if self._trials:
-            self._write()
-        else:
-            self.path.unlink(missing_ok=True)
+        run = self.trials.run
+        values = {"attempt": run.attempt, "trials": trials}
+        files.write_json(run.progress_file, values, durable=False)
 
 
 def describe_progress(row: dict[str, Any], total_steps: int) -> dict[str, Any]:

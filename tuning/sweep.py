@@ -70,7 +70,7 @@ class Sweep(TrainingDriver):
         self.searching = self.plan.command == "sweep"
         self.share = self.plan.share
         self.judges = self.plan.judges and not self.share
-        self.progress = ProgressBoard(run.progress_file)
+        self.progress = ProgressBoard()
         self._results_pace = Pace(_RESULTS_SECONDS)
 
     def _run_attempt(self, attempt: int) -> ExitCode:
@@ -257,6 +257,7 @@ class Sweep(TrainingDriver):
             self._build_thread_share(),
         )
         self._record_phase("training")
+        self.progress.trials = ledger.trials
         with open_trackers(self.run, self.job, ledger.trials) as listeners:
             ledger.listeners += [self.progress, *listeners]
             try:
@@ -264,7 +265,7 @@ class Sweep(TrainingDriver):
             finally:
                 ledger.write_all()
             self._settle_unfinished(ledger, budget.describe_spent())
-        self.progress.close()
+        self.progress.write()
 
     def _settle_unfinished(self, ledger: Ledger, spent_budget: str | None) -> None:
         """Record the state of the trials that the search left without one.

@@ -182,7 +182,13 @@ class TrialParams(Record):
 
 
 class Progress(Record):
-    """What a running trial has reached since its last report: its heartbeat."""
+    """What a trial that has not ended has reached since its last report: its heartbeat."""
+
+    state: str | None = None
+    results: int | None = None
+    """Reports in this attempt. While state and reports are the same, so are the trial's own files,
+    but for reports without an evaluation.
+    """
 
     step: int = 0
     """Optimizer steps so far; 0 before the first heartbeat."""
@@ -194,8 +200,9 @@ class Progress(Record):
 
 
 class ProgressRecord(Record):
-    """Contents of a run's progress.json: the heartbeats of all running trials."""
+    """Contents of a run's progress.json: the heartbeats of all trials that have not ended."""
 
+    attempt: int | None = None
     trials: dict[str, Progress] = {}
     """Trial id -> its heartbeat."""
 

@@ -405,9 +405,9 @@ class Run:
         return self.path / "progress.json"
 
     def read_progress(self) -> dict[str, Progress]:
-        """Return the heartbeats of the running trials, by trial id.
+        """Return the heartbeats of the trials that have not ended, by trial id.
 
-        Those of array tasks and of arms are in runs of their own.
+        Those of array tasks and of arms are in runs of their own. Empty if no driver has trained.
         """
         return read_typed(self.progress_file, ProgressRecord).trials
 
@@ -487,11 +487,10 @@ class Run:
 
     def list_trials(self) -> list[Trial]:
         """Return all trials that were created, in the order of their index."""
-        folders = [*(self.path / "trials").glob("*"), *(self.path / "parts").glob("*/trials/*")]
         if (self.path / "arms").is_dir():
             return [trial for arm in self.list_arms() for trial in arm.list_trials()]
         entries = []
-        for path in folders:
+        for path in self.list_trial_folders():
             if (path / "params.json").is_file():
                 with contextlib.suppress(RunError):  # `list_damages` reports it
                     trial = Trial(path, self.attempt)
@@ -499,6 +498,12 @@ class Run:
                     trial.state  # noqa: B018 - raises for an invalid state
                     entries.append((index, trial.id, trial))
         return [trial for _, _, trial in sorted(entries, key=lambda row: row[:2])]
+
+    def list_trial_folders(self) -> list[Path]:
+        """Return the folders of all trials, in no order, readable or not. Those of arms are left
+        out.
+        """
+        return [*(self.path / "trials").glob("*"), *(self.path / "parts").glob("*/trials/*")]
 
     def list_damages(self, readable_ids: Collection[str] = ()) -> list[str]:
         """Return a message for each trial that cannot be read or whose folder is missing.
@@ -512,7 +517,7 @@ class Run:
                 for sentence in arm.list_damages(readable_ids)
             ]
         messages, listed_ids = [], set(readable_ids)
-        for path in [*(self.path / "trials").glob("*"), *(self.path / "parts").glob("*/trials/*")]:
+        for path in self.list_trial_folders():
             trial = Trial(path)
             if trial.id in listed_ids:
                 continue

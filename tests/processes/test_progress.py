@@ -18,6 +18,7 @@ from lorafleet.tuning.progress import (
     StopFile,
     open_exchange,
 )
+from lorafleet.tuning.trial_table import TrialTable
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +32,19 @@ def _local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run.create(tmp_path, "far")
+    run = Run.create(tmp_path, "far")
+    run.add_trial("a", 0, {})
+    return run
+
+
+def open_board(run: Run) -> ProgressBoard:
+    board = ProgressBoard()
+    board.trials = TrialTable(run)
+    return board
+
+
+def read_step(run: Run) -> int:
+    return run.get_trial("a").read_progress().step
 
 
 def poll_until(exchange: ProgressExchange, condition: Callable[[], bool]) -> None:
@@ -43,28 +56,27 @@ def poll_until(exchange: ProgressExchange, condition: Callable[[], bool]) -> Non
 
 
 def test_progress_reaches_the_file_and_a_stop_reaches_the_trials(run: Run) -> None:
-    board, stop_file = ProgressBoard(run.progress_file), StopFile(run.path / "stop")
+    board, stop_file = open_board(run), StopFile(run.path / "stop")
     with open_exchange(board, stop_file) as exchange:
         # As a worker gets it. Two processes of one driver share an actor.
         link, other = (pickle.loads(pickle.dumps(RayLink(exchange.actor))) for _ in range(2))
         assert not link.is_stop_requested()
         link.send_progress("a", {"step": 3, "total": 9})
-        poll_until(exchange, lambda: "a" in run.read_progress())
-        assert run.read_progress()["a"].step == 3
+        poll_until(exchange, lambda: read_step(run) == 3)
         stop_file.path.touch()
         poll_until(exchange, link.is_stop_requested)
         poll_until(exchange, other.is_stop_requested)
         link.send_progress("a", {"step": 5, "total": 9})
-    board.close()  # what was sent last is not lost
-    assert run.read_progress()["a"].step == 5
+    board.write()  # what was sent last is not lost
+    assert read_step(run) == 5
 
 
 def test_a_lost_actor_is_restarted(run: Run) -> None:
-    board, stop_file = ProgressBoard(run.progress_file), StopFile(run.path / "stop")
+    board, stop_file = open_board(run), StopFile(run.path / "stop")
     with open_exchange(board, stop_file) as exchange:
         link = RayLink(exchange.actor)
         link.send_progress("a", {"step": 3})
-        poll_until(exchange, lambda: "a" in run.read_progress())
+        poll_until(exchange, lambda: read_step(run) == 3)
         ray.kill(exchange.actor, no_restart=False)
         step = 3
 
@@ -72,7 +84,7 @@ def test_a_lost_actor_is_restarted(run: Run) -> None:
             nonlocal step
             step += 1
             link.send_progress("a", {"step": step})
-            return run.read_progress()["a"].step > 3
+            return read_step(run) > 3
 
         poll_until(exchange, has_arrived)
         assert not link.is_stop_requested()

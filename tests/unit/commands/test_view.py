@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorafleet.commands.view import describe_recommendation
-from lorafleet.jobs.runs.events import SearchEndedEvent, SearchEvent
+from lorafleet.jobs.runs.events import Event, SearchEndedEvent, SearchEvent
 from lorafleet.jobs.runs.run import Run
 
 
 def test_a_trial_is_recommended_when_the_search_has_ended(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    assert describe_recommendation(run) is None
+    assert describe_recommendation(run.read_events(Event)) is None
     run.add_event(SearchEvent(trials=2))
-    assert describe_recommendation(run) is None
+    assert describe_recommendation(run.read_events(Event)) is None
     run.add_event(
         SearchEndedEvent(
             trial_id="0123456789",
@@ -23,16 +23,18 @@ def test_a_trial_is_recommended_when_the_search_has_ended(tmp_path: Path) -> Non
             adapter="trials/0123456789/adapter",
         )
     )
-    assert describe_recommendation(run) == (
+    assert describe_recommendation(run.read_events(Event)) == (
         "recommended by the search: 0123456789 (trials/0123456789/adapter) with accuracy 0.800 on "
         "300 validation rows"
     )
     # A resumed run searches again.
     run.add_event(SearchEvent(trials=4))
-    assert describe_recommendation(run) is None
+    assert describe_recommendation(run.read_events(Event)) is None
 
 
 def test_a_recommendation_without_weights_and_rows_is_short(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.add_event(SearchEndedEvent(trial_id="0123456789", metric="loss", score=1.5))
-    assert describe_recommendation(run) == ("recommended by the search: 0123456789 with loss 1.500")
+    assert describe_recommendation(run.read_events(Event)) == (
+        "recommended by the search: 0123456789 with loss 1.500"
+    )

@@ -14,6 +14,7 @@ import pytest
 from lorafleet.cluster.execution.supervisor import RESTART_STATUS, explain_end
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run, TrialState
+from tests.conftest import hears_ctrl_c
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,8 @@ starts = (run.path / "starts").read_text().count("\\n")
 def supervise(run: Run, code: str, state: TrialState = TrialState.RUNNING) -> subprocess.Popen[str]:
     """A driver that sets its trial to a state, and then runs the code."""
     program = DRIVER.replace("{code}", code)
-    return subprocess.Popen([sys.executable, "-c", program, str(run.path), str(state)])
+    command = [sys.executable, "-c", program, str(run.path), str(state)]
+    return subprocess.Popen(command, preexec_fn=hears_ctrl_c)
 
 
 def supervise_until_ready(run: Run, code: str) -> subprocess.Popen[str]:

@@ -20,6 +20,7 @@ import pytest
 from lorafleet.cluster import run_index as store
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.submission import write_run
+from lorafleet.commands.followed_run import FollowedRun
 from lorafleet.commands.view import collect_trials
 from lorafleet.evaluation.metrics.predictions import Classified, RowResults, serialize
 from lorafleet.evaluation.render.forms import (
@@ -40,6 +41,7 @@ from lorafleet.jobs.runs.report import Recommendation, Row
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.sites.base import LocalSite
 from lorafleet.tuning.progress import ProgressBoard
+from lorafleet.tuning.trial_table import TrialTable
 from tests.conftest import JobMaker, lorafleet_here
 
 EVIL = "<script>alert('x')</script>"
@@ -494,14 +496,15 @@ def test_a_copied_run_is_read_elsewhere(finished: Run, tmp_path: Path) -> None:
 
 def test_a_trial_that_has_not_reported_yet_is_shown_as_running(finished: Run) -> None:
     trial = finished.add_trial("eeee", 9, {"lora.lora_r": 4})
-    assert collect_trials(finished)[-1].state == "pending"
-    board = ProgressBoard(finished.progress_file)
+    assert collect_trials(FollowedRun(finished))[-1].state == "pending"
+    board = ProgressBoard()
+    board.trials = TrialTable(finished)
     board.update(trial.id, {"time": time.time(), "step": 5, "train_seconds": 1.0})
     board.write_if_due()
-    assert collect_trials(finished)[-1].state == "running"
+    assert collect_trials(FollowedRun(finished))[-1].state == "running"
     old = {"time": time.time() - 60, "step": 5, "train_seconds": 1.0}
     files.write_json(finished.progress_file, {"trials": {trial.id: old}})
-    assert collect_trials(finished)[-1].state == "pending"
+    assert collect_trials(FollowedRun(finished))[-1].state == "pending"
 
 
 def test_a_run_of_another_version_gets_a_sentence(finished: Run, tmp_path: Path) -> None:

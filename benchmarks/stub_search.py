@@ -29,7 +29,7 @@ from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.trials.trial_id import Provenance
-from lorafleet.tuning.progress import describe_progress
+from lorafleet.tuning.progress import make_progress
 from lorafleet.tuning.recorder import Recorder
 from lorafleet.tuning.scheduler import RungScheduler
 from lorafleet.tuning.searcher import ProposalSearcher
@@ -206,7 +206,10 @@ class StubSearch(Sweep):
         """Do nothing: the simulated clock does not wait."""
 
     def _start(self, recorder: Recorder, tune_id: str, trial_id: str) -> None:
-        """Start a trial in a free slot, from its last recorded evaluation."""
+        """Start a trial in a free slot, or continue it.
+
+        Like a real trial, it first repeats its last report: the driver may not have received it.
+        """
         trial = recorder.ledger.trials.get(trial_id)
         started = self.now
         clock = trial.path / "checkpoints" / "last" / "clock.json"
@@ -216,8 +219,12 @@ class StubSearch(Sweep):
             else:
                 files.write_json(clock, {"started": started})
         stub = StubTrial(0.0, trial.read_params().index, tune_id, trial, started)
-        stub.step = max(0, recorder.ledger.results[trial_id].last_step)
-        stub.set_next()
+        stub.step = recorder.ledger.results[trial_id].last_step
+        if stub.step < 0:
+            stub.step = 0
+            stub.set_next()
+        else:
+            stub.at = stub.started + stub.step * stub.step_seconds
         heapq.heappush(self.open, stub)
 
 
@@ -254,16 +261,16 @@ class PacedSearch(StubSearch):
                 at, number = heapq.heappop(beats)
                 steps[number] += 1
                 self.heartbeats += 1
-                row = self._build_row(stubs[number], steps[number])
-                self.progress.update(stubs[number].trial.id, describe_progress(row, 10**6))
+                row = MetricsRow.model_validate(self._build_row(steps[number]))
+                self.progress.update(stubs[number].trial.id, make_progress(row, 10**6))
                 heapq.heappush(beats, (at + self.beat_seconds, number))
             while reports[0][0] <= now:
                 at, number = heapq.heappop(reports)
-                row = self._build_row(stubs[number], steps[number])
+                row = MetricsRow.model_validate(self._build_row(steps[number]))
                 tune_trial: Any = SimpleNamespace(
                     config={"trial_id": stubs[number].trial.id}, status="RUNNING"
                 )
-                result = TrialReport(row=MetricsRow.model_validate(row)).to_result()
+                result = TrialReport(row=row).to_result()
                 scheduler.on_trial_result(None, tune_trial, result)
                 heapq.heappush(reports, (at + self.report_seconds, number))
             self._should_stop_trials(queue)
@@ -283,7 +290,7 @@ class PacedSearch(StubSearch):
         """Ask for another trial, as Tune does many times a second. All slots are in use."""
         queue.take()
 
-    def _build_row(self, stub: StubTrial, step: int) -> dict[str, Any]:
+    def _build_row(self, step: int) -> dict[str, Any]:
         return {
             "step": step,
             "samples": 8 * step,

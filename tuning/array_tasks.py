@@ -23,6 +23,7 @@ from lorafleet.jobs.runs.events import (
 from lorafleet.jobs.runs.lease import Lease, find_silent_runs
 from lorafleet.jobs.runs.records import AttemptRecord
 from lorafleet.jobs.runs.run import Run, Trial
+from lorafleet.tuning.results_journal import ResultsJournal
 
 _MERGED_EVENTS = (WarningEvent, RetryEvent, BaseLoadedEvent, NoteEvent, TrackingFailedEvent)
 """Events of an array task that are copied to the whole run."""
@@ -52,6 +53,7 @@ def merge_tasks(run: Run, metadata: AttemptRecord, say: Callable[[str], None]) -
         )
         # The tasks run side by side, so the longest counts and not their sum.
         seconds = max(seconds, float(part.read_status().wall_seconds or 0.0))
+        ResultsJournal(part).recover()
         for folder in sorted((part.path / "trials").glob("*")):
             target = run.path / "trials" / folder.name
             # Without params.json the task was killed while it created the trial.

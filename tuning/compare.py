@@ -191,7 +191,7 @@ class Comparison(TrainingDriver):
                 preexec_fn=partial(die_with, os.getpid()),
             )
         while (code := child.poll()) is None:
-            if self.stop_file.exists() and not (run.path / "stop").exists():
+            if self.stop_request.exists() and not (run.path / "stop").exists():
                 (run.path / "stop").touch()
             self._record_wall_seconds()
             time.sleep(_POLL_SECONDS)
@@ -199,7 +199,7 @@ class Comparison(TrainingDriver):
         # comparison must be requeued too.
         if code == ExitCode.REQUEUE and self.stop_signal is None:
             self.stop_signal = signal.SIGUSR1
-            self.stop_file.touch()
+            self._request_stop()
         self._check_stop()
         # Models of an arm that broke off would be compared although they are half trained.
         if not _has_ended(run):

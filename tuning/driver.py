@@ -32,6 +32,9 @@ class TrainingDriver(Driver):
         super().__init__(run, restart)
         self.stop_request = StopFile(self.stop_file)
 
+    def _request_stop(self) -> None:
+        self.stop_request.touch()
+
     @property
     def is_on_cluster(self) -> bool:
         """Return whether RAY_ADDRESS names a cluster that this driver joins."""

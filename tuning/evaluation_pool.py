@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +69,8 @@ def evaluate_in_pool(
     Raises:
         DiskFull: A worker could not write its results.
     """
+    if not evaluations:
+        return {}
     with open_exchange(None, stop_file) as exchange:
         linked = replace(work, link=RayLink(exchange.actor))
         return _evaluate_all(linked, evaluations, slots, exchange)
@@ -81,12 +85,14 @@ def _evaluate_all(
     free = [_start_worker(work) for _ in range(min(slots, len(evaluations)))]
     running: dict[Any, tuple[HeldOutEvaluation, Any]] = {}
     while waiting or running:
-        while waiting and free:
+        while waiting and free and not exchange.stop_file.exists():
             worker, evaluation = free.pop(), waiting.pop(0)
             try:
                 # Placement may fail for good, for example after nodes were lost; `evaluate` itself
                 # has no time limit.
-                ray.get(worker.is_ready.remote(), timeout=_PLACEMENT_SECONDS)
+                is_ready = worker.is_ready.remote()
+                _wait_for_one([is_ready], exchange, _PLACEMENT_SECONDS)
+                ray.get(is_ready)
             except ray.exceptions.RayError as error:
                 failed[evaluation.name] = (
                     f"no worker process could be started: {extract_error_line(error)}"
@@ -97,14 +103,14 @@ def _evaluate_all(
                 evaluation,
                 worker,
             )
+        if not running and exchange.stop_file.exists():
+            return failed
         if not running:
             return failed | dict.fromkeys(
                 (evaluation.name for evaluation in waiting), "no worker process could be started"
             )
         # Every call returns: a hanging worker is ended by its watchdog.
-        while not (ended := ray.wait(list(running), timeout=_POLL_SECONDS)[0]):
-            exchange.poll()
-        (done,) = ended
+        done = _wait_for_one(list(running), exchange)
         evaluation, worker = running.pop(done)
         try:
             ray.get(done)
@@ -124,6 +130,26 @@ def _evaluate_all(
                 failed[evaluation.name] = extract_error_line(error)
         free.append(worker)
     return failed
+
+
+def _wait_for_one(replies: list[Any], exchange: ProgressExchange, timeout: float = math.inf) -> Any:
+    """Return a reply that is there. Meanwhile, workers are told when the run must stop.
+
+    Args:
+        replies: Replies of which one is waited for.
+        timeout: Seconds to wait.
+
+    Raises:
+        GetTimeoutError: None came in time.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        exchange.poll()
+        ready, _ = ray.wait(replies, timeout=_POLL_SECONDS)
+        if ready:
+            return ready[0]
+        if time.monotonic() > deadline:
+            raise ray.exceptions.GetTimeoutError(f"no reply within {timeout:.0f} seconds")
 
 
 def _start_worker(work: Work) -> Any:

@@ -37,6 +37,7 @@ from lorafleet.jobs.schema.types import Assignment, Goal
 from lorafleet.jobs.trials.asha import Rung, make_rung_score
 from lorafleet.jobs.trials.retries import get_retry_number
 from lorafleet.jobs.trials.sampling import remove_fold
+from lorafleet.tuning.results_journal import ResultsJournal
 from lorafleet.tuning.trial_table import TrackedTrial, TrialTable
 
 
@@ -72,8 +73,8 @@ class Ledger:
     """Record of a sweep: scores by rung, and the decision on each report of a trial.
 
     One ledger per attempt, in the driver. `Recorder` calls it for each result,
-    `SearchThenSeeds` asks it for the best configuration. It holds only what it can rebuild
-    from the run's files.
+    `SearchThenSeeds` asks it for the best configuration. Everything that decides is in the run's
+    files before it is used.
 
     Args:
         searching: False for a single training: there are no rungs.
@@ -87,6 +88,8 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.metric, self.goal = self.job.metric.name, self.job.metric.goal
+        self.journal = ResultsJournal(self.run)
+        self.journal.recover()
         self.trials = TrialTable(self.run)
         self.rungs: dict[int, Rung] = {}
         """Index of the rung, from 0 -> its scores."""
@@ -104,7 +107,7 @@ class Ledger:
         self._actors: dict[str, int] = {}
         # Trials that have ended, best first.
         self._ranking: list[tuple[_RankKey, TrackedTrial]] = []
-        # Trials with results that wait to be written, the longest wait first.
+        # Trials with results that wait to be written.
         self._unwritten: dict[str, TrackedTrial] = {}
         for trial in self.trials:
             self._count_searched(trial)
@@ -215,20 +218,28 @@ class Ledger:
             return True
         return self.decide(trial, row.rung)
 
-    def write_longest_wait(self) -> None:
-        """Write the results of the trial whose results wait for the longest time.
+    def save_results(self) -> None:
+        """Save the results that wait, so that a kill does not lose them.
 
-        Only one trial's: how often the driver writes must not depend on their number.
+        Those of many trials are appended to the journal: how often the driver writes must not
+        depend on the number of trials.
         """
-        while self._unwritten:
-            trial = self._unwritten.pop(next(iter(self._unwritten)))
-            if trial.write_rows():
-                return
+        # A change of its state writes a trial's results, too.
+        waiting = [trial for trial in self._unwritten.values() if trial.has_unwritten_rows]
+        self._unwritten = {trial.id: trial for trial in waiting}
+        if len(waiting) <= _DIRECT_TRIALS or self.journal.rows > _JOURNAL_ROWS * len(waiting):
+            self.write_results()
+        else:
+            self.journal.append(
+                (trial.id, row) for trial in waiting for row in trial.take_unsaved_rows()
+            )
 
-    def write_all(self) -> None:
-        """Write all results that wait."""
-        while self._unwritten:
-            self.write_longest_wait()
+    def write_results(self) -> None:
+        """Write all results that wait to the files of their trials."""
+        for trial in list(self._unwritten.values()):
+            trial.write_rows()
+            del self._unwritten[trial.id]
+        self.journal.clear()
 
     def decide(self, trial: TrackedTrial, rung: int) -> bool:
         """Return whether a trial is promoted past a rung that it has a score for.
@@ -245,9 +256,9 @@ class Ledger:
         assert self.job.search is not None
         # Scores arrive later than decisions: computed again, the same question could have another
         # answer.
-        known = self._decisions.get((trial.id, rung))
-        if known is not None:
-            return known
+        decided = self._decisions.get((trial.id, rung))
+        if decided is not None:
+            return decided
         scores, eta = self.rungs[rung], self.job.search.scheduler.reduction_factor
         rung_score, cutoff = scores.scores[trial.id], scores.compute_cutoff(eta)
         promoted = scores.is_promoted(trial.id, eta)
@@ -290,17 +301,20 @@ class Ledger:
         reason = f"restarted after: {failure.sentence}"
         trial.set_state(TrialState.PENDING, retries=counts | {kind: number}, reason=reason)
 
-    def end_trial(self, trial: TrackedTrial, state: TrialState, **facts: Any) -> None:
+    def end_trial(self, trial: TrackedTrial, state: TrialState, **details: Any) -> None:
         """Record how a trial ended, and delete the files that it no longer needs.
 
         Checkpoints are deleted, and the weights of all trials but the best `search.keep`.
 
         Args:
             state: A state that ends a trial.
+            details: Further fields of its status.
         """
-        reached = self.results[trial.id].rung
-        facts = {"reason": None} | ({} if reached is None else {"rung": reached}) | facts
-        trial.set_state(state, **facts)
+        details.setdefault("reason", None)
+        rung = self.results[trial.id].rung
+        if rung is not None:
+            details["rung"] = rung
+        trial.set_state(state, **details)
         _delete_checkpoints(trial)
         trial.save_stacks()
         self._delete_surplus_weights(trial, self._rank(trial))
@@ -322,7 +336,7 @@ class Ledger:
                 )
 
     def _rank(self, trial: TrackedTrial) -> int | None:
-        """Add an ended trial to the ranking, and return its place there, from 0.
+        """Add an ended trial to the ranking, and return its rank there, from 0.
 
         Best first: those trained to the end, then the stopped ones; a stopped trial never
         precedes a finished one, whatever its score. Trials with equal scores are in the order of
@@ -335,9 +349,9 @@ class Ledger:
             return None
         signed = -best if self.goal == "maximize" else best
         key = (_RANKED_STATES.index(trial.state), signed, trial.read_params().index)
-        place = bisect.bisect_right(self._ranking, key, key=lambda entry: entry[0])
-        self._ranking.insert(place, (key, trial))
-        return place
+        rank = bisect.bisect_right(self._ranking, key, key=lambda entry: entry[0])
+        self._ranking.insert(rank, (key, trial))
+        return rank
 
     def rank_trials(self) -> list[TrackedTrial]:
         """Return the trials that have ended with a score, best first (see `_rank`)."""
@@ -379,29 +393,33 @@ class Ledger:
             if get_configuration_key(candidate) == option.name
         )
 
-    def _delete_surplus_weights(self, trial: TrackedTrial, place: int | None) -> None:
+    def _delete_surplus_weights(self, trial: TrackedTrial, rank: int | None) -> None:
         """Delete the weights that are surplus now that a trial has ended.
 
         All but the best `search.keep` are, and those of folds: of them only the scores count, and
         the best configuration is trained again on all rows.
 
         Args:
-            place: Place of the trial in the ranking, if it has one.
+            rank: Its rank among the trials that have ended, from 0, if it has one.
         """
         if trial.fold is not None and self.folds:
             shutil.rmtree(trial.weights, ignore_errors=True)
-        elif place is not None:
-            # This trial's, or those of the trial that it has moved from the last kept place.
-            for _, surplus in self._ranking[max(place, self._keep) :][:1]:
-                shutil.rmtree(surplus.weights, ignore_errors=True)
+        elif rank is not None:
+            # This trial's, or those of the trial that it has moved from the last kept rank.
+            surplus = max(rank, self._keep)
+            if surplus < len(self._ranking):
+                shutil.rmtree(self._ranking[surplus][1].weights, ignore_errors=True)
 
     @property
     def _keep(self) -> int:
         """Number of the best trials whose weights are kept."""
         return self.job.search.keep if self.job.search else 1
 
-    def _delete_left_files(self) -> None:
-        """Delete what a killed driver would have deleted when its trials ended."""
+    def delete_surplus_files(self) -> None:
+        """Delete what should have been deleted when trials ended.
+
+        A killed driver leaves such files, and a trial that was still writing when it was stopped.
+        """
         for trial in self.trials:
             if trial.state.has_ended:
                 _delete_checkpoints(trial)
@@ -416,7 +434,7 @@ class Ledger:
         Call it once at the start of an attempt, before trials are handed out. All other
         unfinished trials become pending.
         """
-        self._delete_left_files()
+        self.delete_surplus_files()
         for trial in list(self.trials.unended.values()):
             reached = self.results[trial.id].rung
             if reached is not None and not self.decide(trial, reached):
@@ -432,6 +450,10 @@ class Ledger:
         return f"stopped early: not among the best at {level} {unit}"
 
 
+_DIRECT_TRIALS = 2
+"""Number of trials whose results are written to their own files at once, without the journal."""
+_JOURNAL_ROWS = 200
+"""Results in the journal for each trial that has some, at which all are written to the trials."""
 _RankKey = tuple[int, float, int]
 _RANKED_STATES = (TrialState.FINISHED, TrialState.STOPPED)
 

@@ -1,9 +1,9 @@
 """Carry the progress of running trials to the driver, and its request to stop to them.
 
-Between two results, a trial tells the driver every moment how far it is, and asks whether
-the run must stop. On a shared disk, that would cost some operations a second for each
-trial. So it goes through Ray (`RayLink`), or is a call where the trial runs in the driver
-itself (`LocalLink`), and the driver writes the progress of all trials to one file.
+Between two results, a trial sends its progress every moment, and asks whether the run must
+stop. On a shared disk, that would cost some operations a second for each trial. So it goes
+through Ray (`RayLink`), or is a call where the trial runs in the driver itself
+(`LocalLink`), and the driver writes the progress of all trials to one file.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorafleet.jobs import files
+from lorafleet.jobs.runs.records import MetricsRow, Progress
 
 if TYPE_CHECKING:
-    from lorafleet.jobs.runs.records import MetricsRow
     from lorafleet.jobs.runs.run import Trial
     from lorafleet.tuning.trial_table import TrialTable
 
 WRITE_SECONDS = 2.0
 """Seconds between two writes of the progress of all trials."""
 ASK_SECONDS = 1.5
-"""Seconds between two questions of a trial whether the run must stop."""
-_LOOK_SECONDS = 1.0
-"""Seconds between two looks for the stop file."""
+"""Seconds between two requests of a trial whether the run must stop."""
+_STOP_FILE_SECONDS = 1.0
+"""Seconds between two checks of the stop file."""
 _ANSWER_SECONDS = 0.5
 """Seconds that a trial waits for the driver's answer. It continues without one."""
-_FIELDS = ("step", "samples", "train_loss", "tokens_per_second", "train_seconds")
+_MISSED_ANSWERS = 20
+"""Requests for whose answers a trial does not wait, after one that was late."""
 
 
 class Pace:
@@ -50,12 +51,12 @@ class Pace:
 
 
 class StopFile:
-    """The file that asks a run to stop. It is looked for at most once a second.
+    """The file that asks a run to stop. It is checked at most once a second.
 
-    Once it was seen, the answer stays: a request is never withdrawn while a driver runs.
+    Once it was there, the answer stays: a request is never withdrawn while a driver runs.
     """
 
-    def __init__(self, path: Path, seconds: float = _LOOK_SECONDS) -> None:
+    def __init__(self, path: Path, seconds: float = _STOP_FILE_SECONDS) -> None:
         self.path = path
         self._pace = Pace(seconds)
         self._exists = False
@@ -66,12 +67,17 @@ class StopFile:
             self._exists = self.path.exists()
         return self._exists
 
+    def touch(self) -> None:
+        """Create the file. `exists` returns True from now on."""
+        self.path.touch()
+        self._exists = True
+
 
 class DriverLink(Protocol):
-    """What a trial uses to talk to the driver. Neither method waits long."""
+    """Connection of a trial with the driver. Neither method waits long."""
 
-    def send_progress(self, trial_id: str, progress: dict[str, Any]) -> None:
-        """Tell how far a trial is; the values are those of `Progress`."""
+    def send_progress(self, trial_id: str, progress: Progress) -> None:
+        """Send the progress of a trial."""
 
     def is_stop_requested(self) -> bool:
         """Return whether the run is asked to stop: the answer may be some seconds old."""
@@ -80,29 +86,29 @@ class DriverLink(Protocol):
 class ProgressBoard:
     """The progress of all trials that have not ended, in the driver, and the file that shows it.
 
-    Who watches a run reads this file, and the files of those trials alone of which it says that
-    they have changed. A `Listener` of the ledger.
+    Who follows a run reads this file, and the files of those trials alone that have changed
+    according to it. A `Listener` of the ledger.
     """
 
     def __init__(self) -> None:
         self.trials: TrialTable | None = None
         """Trials of the search; None until it begins. Nothing is written before."""
-        self._progress: dict[str, dict[str, Any]] = {}
+        self._progress: dict[str, Progress] = {}
         self._results = Counter[str]()
         self._pace = Pace(WRITE_SECONDS)
 
-    def update(self, trial_id: str, progress: dict[str, Any]) -> None:
+    def update(self, trial_id: str, progress: Progress) -> None:
         """Take the progress of a trial."""
         self._progress[trial_id] = progress
 
     def on_begin(self, trial: Trial) -> None:
-        """Do nothing: the table knows the state."""
+        """Do nothing: the table has the state."""
 
     def on_row(self, trial: Trial, row: MetricsRow) -> None:
         """Take a result, which may be written to the trial's own file much later."""
         self._results[trial.id] += 1
-        values = {key: getattr(row, key) for key in _FIELDS} | {"time": time.time()}
-        self.update(trial.id, self._progress.get(trial.id, {}) | values)
+        total = self._progress.get(trial.id, Progress()).total
+        self.update(trial.id, make_progress(row, total))
 
     def on_end(self, trial: Trial) -> None:
         """Forget the progress of a trial."""
@@ -114,23 +120,31 @@ class ProgressBoard:
             self.write()
 
     def write(self) -> None:
-        """Write the file."""
+        """Write the file. Errors are ignored: it is only shown."""
         if self.trials is None:
             return
         trials = {
-            trial.id: {"state": trial.state.value, "results": self._results[trial.id]}
-            | self._progress.get(trial.id, {})
+            trial.id: self._progress.get(trial.id, Progress()).to_dict()
+            | {"state": trial.state.value, "results": self._results[trial.id]}
             for trial in self.trials.unended.values()
         }
-        # Only shown: neither flushed to the disk nor checked against newer attempts.
         run = self.trials.run
-        values = {"attempt": run.attempt, "trials": trials}
-        files.write_json(run.progress_file, values, durable=False)
+        # Neither flushed to the disk nor checked against newer attempts, for the same reason.
+        with contextlib.suppress(OSError):
+            values = {"attempt": run.attempt, "trials": trials}
+            files.write_json(run.progress_file, values, durable=False)
 
 
-def describe_progress(row: dict[str, Any], total_steps: int) -> dict[str, Any]:
-    """Return the values of `Progress` for a row of a trial that trains."""
-    return {key: row[key] for key in _FIELDS} | {"total": total_steps, "time": time.time()}
+def make_progress(row: MetricsRow, total_steps: int) -> Progress:
+    """Return the progress of a trial whose newest values are a row."""
+    return Progress(
+        step=row.step,
+        total=total_steps,
+        time=time.time(),
+        train_loss=row.train_loss,
+        train_seconds=row.train_seconds,
+        tokens_per_second=row.tokens_per_second,
+    )
 
 
 class LocalLink:
@@ -139,7 +153,7 @@ class LocalLink:
     def __init__(self, board: ProgressBoard, stop_file: StopFile) -> None:
         self.board, self.stop_file = board, stop_file
 
-    def send_progress(self, trial_id: str, progress: dict[str, Any]) -> None:
+    def send_progress(self, trial_id: str, progress: Progress) -> None:
         """Show the progress."""
         self.board.update(trial_id, progress)
         self.board.write_if_due()
@@ -157,30 +171,30 @@ class ProgressActor:
     """
 
     def __init__(self) -> None:
-        self._news: dict[str, dict[str, Any]] = {}
+        self._received: dict[str, Progress] = {}
         self._is_stopping = False
 
-    def send_progress(self, trial_id: str, progress: dict[str, Any]) -> bool:
+    def send_progress(self, trial_id: str, progress: Progress) -> bool:
         """Take the progress of a trial, and return whether the run is asked to stop."""
-        self._news[trial_id] = progress
+        self._received[trial_id] = progress
         return self._is_stopping
 
     def is_stop_requested(self) -> bool:
         """Return whether the run is asked to stop."""
         return self._is_stopping
 
-    def exchange(self, is_stopping: bool) -> dict[str, dict[str, Any]]:
+    def exchange(self, is_stopping: bool) -> dict[str, Progress]:
         """Return the progress since the last call, and take the driver's request to stop."""
         self._is_stopping = is_stopping
-        news, self._news = self._news, {}
-        return news
+        received, self._received = self._received, {}
+        return received
 
 
 class RayLink:
     """`DriverLink` of trials in Ray's processes. It is pickled into each of them.
 
-    A question that is not answered in time stays open, and no other is asked meanwhile: a
-    driver's machine that is busy must not slow down the training.
+    A driver's machine that is busy must not slow down the training: after a late answer, the
+    trial does not wait for the next ones, and a request without an answer is the only open one.
     """
 
     def __init__(self, actor: Any) -> None:
@@ -188,35 +202,43 @@ class RayLink:
         self._answer: Any = None
         self._pace = Pace(ASK_SECONDS)
         self._is_stopping = False
+        self._requests_without_wait = 0
 
     def __reduce__(self) -> tuple[type[RayLink], tuple[Any]]:
         return RayLink, (self.actor,)
 
-    def send_progress(self, trial_id: str, progress: dict[str, Any]) -> None:
+    def send_progress(self, trial_id: str, progress: Progress) -> None:
         """Send the progress, and take the answer whether the run must stop."""
         if self._take_answer():
-            self._answer = self.actor.send_progress.remote(trial_id, progress)
             self._pace.is_due()
-            self._take_answer(wait=True)
+            self._answer = self.actor.send_progress.remote(trial_id, progress)
+            self._wait_for_answer()
 
     def is_stop_requested(self) -> bool:
         """Return the last answer, or ask if that is too long ago."""
         if not self._is_stopping and self._take_answer() and self._pace.is_due():
             self._answer = self.actor.is_stop_requested.remote()
-            self._take_answer(wait=True)
+            self._wait_for_answer()
         return self._is_stopping
 
-    def _take_answer(self, *, wait: bool = False) -> bool:
-        """Take the answer to the open question. Return False if it is still open.
+    def _wait_for_answer(self) -> None:
+        """Wait a moment for the answer to the new request, unless answers are late."""
+        if self._requests_without_wait:
+            self._requests_without_wait -= 1
+        elif not self._take_answer(_ANSWER_SECONDS):
+            self._requests_without_wait = _MISSED_ANSWERS
+
+    def _take_answer(self, timeout: float = 0.0) -> bool:
+        """Take the answer to the open request. Return False if it is still open.
 
         Args:
-            wait: Wait a moment for it.
+            timeout: Seconds to wait for it.
         """
         import ray
 
         if self._answer is None:
             return True
-        ready, _ = ray.wait([self._answer], timeout=_ANSWER_SECONDS if wait else 0)
+        ready, _ = ray.wait([self._answer], timeout=timeout)
         if ready:
             # While a lost actor is restarted, its last answer stays.
             with contextlib.suppress(ray.exceptions.RayError):
@@ -230,32 +252,31 @@ class ProgressExchange:
 
     def __init__(self, actor: Any, board: ProgressBoard | None, stop_file: StopFile) -> None:
         self.actor, self.board, self.stop_file = actor, board, stop_file
-        self._news: Any = None
+        self._reply: Any = None
         self._pace = Pace(WRITE_SECONDS)
-        self._has_told_stop = False
+        self._has_sent_stop = False
 
     def poll(self) -> None:
         """Take the progress of all trials, write it, and pass the request to stop on."""
         import ray
 
-        if self._news is not None and ray.wait([self._news], timeout=0)[0]:
-            self._take_news()
-        if self._news is None:
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._take_reply()
+        if self._reply is None:
             is_stopping = self.stop_file.exists()
-            must_tell = is_stopping and not self._has_told_stop
-            if self._pace.is_due() or must_tell:
-                self._has_told_stop = is_stopping
-                self._news = self.actor.exchange.remote(is_stopping)
+            if self._pace.is_due() or (is_stopping and not self._has_sent_stop):
+                self._has_sent_stop = is_stopping
+                self._reply = self.actor.exchange.remote(is_stopping)
         if self.board is not None:
             self.board.write_if_due()
 
     def close(self) -> None:
         """Take the last progress of all trials, but do not wait long."""
-        if self._news is None:
-            self._news = self.actor.exchange.remote(self.stop_file.exists())
-        self._take_news(_ANSWER_SECONDS)
+        if self._reply is None:
+            self._reply = self.actor.exchange.remote(self.stop_file.exists())
+        self._take_reply(_ANSWER_SECONDS)
 
-    def _take_news(self, timeout: float | None = None) -> None:
+    def _take_reply(self, timeout: float | None = None) -> None:
         """Show the progress that the actor has sent.
 
         Args:
@@ -263,10 +284,10 @@ class ProgressExchange:
         """
         import ray
 
-        news, self._news = self._news, None
+        reply, self._reply = self._reply, None
         # A lost actor is restarted; what the trials send next is newer.
         with contextlib.suppress(ray.exceptions.RayError):
-            for trial_id, progress in ray.get(news, timeout=timeout).items():
+            for trial_id, progress in ray.get(reply, timeout=timeout).items():
                 if self.board is not None:
                     self.board.update(trial_id, progress)
 
@@ -282,20 +303,19 @@ def open_exchange(board: ProgressBoard | None, stop_file: StopFile) -> Iterator[
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = ray.get_runtime_context().get_node_id()
+    driver_node = ray.get_runtime_context().get_node_id()
     # It needs no CPU of its own, and lives as long as the driver's machine does.
     actor = (
         ray.remote(ProgressActor)
         .options(
             num_cpus=0,
             max_restarts=-1,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(driver_node, soft=False),
         )
         .remote()
     )
     exchange = ProgressExchange(actor, board, stop_file)
-    try:
-        yield exchange
-    finally:
-        exchange.close()
-        ray.kill(actor)
+    yield exchange
+    # Not after an error: Ray may be gone, and would be waited for. The actor ends with the driver.
+    exchange.close()
+    ray.kill(actor)

@@ -21,8 +21,8 @@ from lorafleet.tuning.trial_table import TrackedTrial
 
 _STOP_FILE_SECONDS = 1.5
 """Seconds that the stop file may take to appear after a process was lost."""
-_LOSS_SECONDS = 15.0
-"""Seconds in which lost processes count as lost at once, for example with their node."""
+_LOSS_SECONDS = 2.0
+"""Seconds after a lost process in which another one counts as lost with it, as with their node."""
 _LOST_EVALUATION = f"its process died or hung {MAX_TRIES} times"
 
 
@@ -43,7 +43,7 @@ class RungScheduler(FIFOScheduler):
         super().__init__()
         self.recorder, self.searcher = recorder, searcher
         self.ends_itself = ends_itself
-        self._waited_at = -_LOSS_SECONDS
+        self._lost_at = -_LOSS_SECONDS
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune saves it and nothing reads that: a resume starts from the run's own files.
@@ -110,13 +110,13 @@ class RungScheduler(FIFOScheduler):
         Waits a moment for the stop file, because a queue that ends a job signals its processes
         in no particular order. When many processes are lost at once, it waits for the first only.
         """
-        stop_file = self.run.path / "stop"
-        if time.monotonic() - self._waited_at > _LOSS_SECONDS:
+        stop_file = self.searcher.stop_file
+        if time.monotonic() - self._lost_at > _LOSS_SECONDS:
             deadline = time.monotonic() + _STOP_FILE_SECONDS
-            while not stop_file.exists() and time.monotonic() < deadline:
+            while not stop_file.path.exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            self._waited_at = time.monotonic()
-        return stop_file.exists()
+        self._lost_at = time.monotonic()
+        return stop_file.path.exists()
 
     def _get_run_trial(self, trial: TuneTrial) -> TrackedTrial:
         """Return the run's trial for one of Tune's trials."""

@@ -13,6 +13,10 @@ from lorafleet.tuning.searcher import ProposalSearcher
 
 _SAVE_SECONDS = 300.0
 """Seconds that trials have to save when a run is asked to stop."""
+_RETURN_SECONDS = 1.0
+"""Seconds that trials have to return after their last report. Ray frees the workers of a group that
+returns at once, but not always those of a group that is killed.
+"""
 
 
 class SearchStopper(Stopper):
@@ -31,6 +35,7 @@ class SearchStopper(Stopper):
     def __init__(self, searcher: ProposalSearcher, on_tick: Callable[[], None]) -> None:
         self.searcher, self.on_tick = searcher, on_tick
         self._asked_at: float | None = None
+        self._idle_since: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune saves it and nothing reads that: a resume starts from the run's own files.
@@ -47,8 +52,12 @@ class SearchStopper(Stopper):
             return True
         if not self.searcher.stop_file.exists():
             return False
+        now = time.monotonic()
         if self._asked_at is None:
-            self._asked_at = time.monotonic()
-        if time.monotonic() - self._asked_at > _SAVE_SECONDS:
-            return True
-        return not self.searcher.queue.ledger.trials.counts[TrialState.RUNNING]
+            self._asked_at = now
+        if self.searcher.queue.ledger.trials.counts[TrialState.RUNNING]:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        has_saved = self._idle_since is not None and now - self._idle_since > _RETURN_SECONDS
+        return has_saved or now - self._asked_at > _SAVE_SECONDS

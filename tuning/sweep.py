@@ -16,7 +16,7 @@ from lorafleet.cluster.execution.supervisor import Restart
 from lorafleet.evaluation.render.write import write_report
 from lorafleet.jobs import files
 from lorafleet.jobs.data.rows import forget_rows
-from lorafleet.jobs.errors import DiskFull, ExitCode, RunError
+from lorafleet.jobs.errors import DiskFull, ExitCode, RunError, make_disk_full_error
 from lorafleet.jobs.runs.events import SearchEvent
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.schema.job import JobSpec
@@ -47,14 +47,13 @@ if TYPE_CHECKING:
     from lorafleet.tuning.base_cache import BaseCache
     from lorafleet.tuning.ledger import Ledger
     from lorafleet.tuning.recorder import Recorder
+    from lorafleet.tuning.tracking import BackgroundTracker
     from lorafleet.tuning.trial_host import TrialHost
     from lorafleet.tuning.trial_queue import ThreadShare, TrialQueue
     from lorafleet.tuning.trial_table import TrackedTrial
 
-_RESULTS_SECONDS = 5.0
-"""Seconds between two writes of results that nothing is decided by. The next evaluation of a trial
-writes them, too.
-"""
+_RESULTS_SECONDS = 10.0
+"""Seconds between two times that results without an evaluation are saved."""
 
 
 class Sweep(TrainingDriver):
@@ -71,13 +70,17 @@ class Sweep(TrainingDriver):
         self.share = self.plan.share
         self.judges = self.plan.judges and not self.share
         self.progress = ProgressBoard()
+        self.trackers = contextlib.ExitStack()
+        self.tracker: BackgroundTracker | None = None
         self._results_pace = Pace(_RESULTS_SECONDS)
 
     def _run_attempt(self, attempt: int) -> ExitCode:
-        if self.trains_in_process:
-            self._run_in_process()
-        else:
-            self._run_with_ray(attempt)
+        # Closed when Ray has ended: nothing is kept waiting for W&B but this process.
+        with self.trackers:
+            if self.trains_in_process:
+                self._run_in_process()
+            else:
+                self._run_with_ray(attempt)
         # Raised only here, after Ray has stopped: the trials have saved what they could.
         if self.disk_full:
             raise DiskFull(self.disk_full)
@@ -223,7 +226,6 @@ class Sweep(TrainingDriver):
         """
         from lorafleet.tuning.ledger import Ledger
         from lorafleet.tuning.recorder import Recorder, record_lost_driver
-        from lorafleet.tuning.tracking import open_trackers
         from lorafleet.tuning.trial_queue import TrialQueue, report_outcome
 
         ledger = Ledger(self.run, self.job, self.searching)
@@ -258,14 +260,31 @@ class Sweep(TrainingDriver):
         )
         self._record_phase("training")
         self.progress.trials = ledger.trials
-        with open_trackers(self.run, self.job, ledger.trials) as listeners:
-            ledger.listeners += [self.progress, *listeners]
-            try:
-                yield queue, recorder
-            finally:
-                ledger.write_all()
-            self._settle_unfinished(ledger, budget.describe_spent())
+        ledger.listeners.append(self.progress)
+        self._start_tracking(ledger)
+        try:
+            yield queue, recorder
+        except BaseException as error:
+            if make_disk_full_error(error, self.run.path):
+                self.run.release_reserve()
+            with contextlib.suppress(OSError, RunError):
+                ledger.write_results()
+            raise
+        ledger.write_results()
+        self._settle_unfinished(ledger, budget.describe_spent())
+        ledger.delete_surplus_files()
         self.progress.write()
+
+    def _start_tracking(self, ledger: Ledger) -> None:
+        """Mirror the search to W&B, if the job asks for it, until `self.trackers` is closed."""
+        from lorafleet.tuning.tracking import open_tracker
+
+        tracker = self.trackers.enter_context(
+            open_tracker(self.run, self.job, ledger.trials, self.stop_request.exists)
+        )
+        if tracker is not None:
+            ledger.listeners.append(tracker)
+            self.tracker = tracker
 
     def _settle_unfinished(self, ledger: Ledger, spent_budget: str | None) -> None:
         """Record the state of the trials that the search left without one.
@@ -287,6 +306,11 @@ class Sweep(TrainingDriver):
                 ledger.end_trial(trial, TrialState.STOPPED, reason=spent_budget)
             else:
                 trial.set_state(TrialState.PENDING, reason="interrupted")
+
+    @property
+    def has_stuck_thread(self) -> bool:
+        """Return whether W&B has not ended in time."""
+        return self.tracker is not None and self.tracker.is_stuck
 
     @property
     def _searched_job(self) -> JobSpec:
@@ -484,21 +508,16 @@ class Sweep(TrainingDriver):
         """
         if signal.getsignal(signal.SIGUSR1) != self._handle_signal:
             self._install_signal_handlers()  # Tune replaces the SIGUSR1 handler when it starts
-        if self._is_stopping():
+        if self.stop_request.exists():
             return True
         machines.check()
-        return self._is_stopping() or budget.describe_spent() is not None
-
-    def _is_stopping(self) -> bool:
-        """Return whether the run is asked to stop. Cheap."""
-        # A signal counts at once, a request from elsewhere within a second.
-        return self.stop_signal is not None or self.stop_request.exists()
+        return self.stop_request.exists() or budget.describe_spent() is not None
 
     def _tick(self, ledger: Ledger) -> None:
         """Record what is due while trials run. Called often."""
         self._record_wall_seconds()
         if self._results_pace.is_due():
-            ledger.write_longest_wait()
+            ledger.save_results()
 
     def _finish(self) -> ExitCode:
         """Record the final state, write the report, and return the exit code."""
@@ -527,9 +546,10 @@ class Sweep(TrainingDriver):
         # Before the state changes: a run that says `finished` has its report.
         write_report(self.run, with_tokenizer=True)
         self.run.set_state(state, reason=reason, wall_seconds=wall_seconds, phase=None)
-        track_report(
-            self.run, self.job, write_report(self.run)
-        )  # written again, because the report shows the state
+        # Written again, because the report shows the state.
+        report = write_report(self.run)
+        if not self.has_stuck_thread:
+            track_report(self.run, self.job, report)
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
     def _handle_full_disk(self, sentence: str) -> None:
@@ -541,4 +561,4 @@ class Sweep(TrainingDriver):
         self.run.release_reserve()
         # The reserve is released first: the record's last writes need its space.
         self.disk_full = sentence
-        self.stop_file.touch()
+        self._request_stop()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorafleet.evaluation.render.wandb import (
     Mode,
+    find_wandb_folders,
     get_requested_mode,
     open_wandb,
-    remove_wandb_runs,
     resolve_wandb_mode,
 )
 from lorafleet.evaluation.report.search import find_best_evaluation
@@ -34,12 +35,14 @@ from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 
 if TYPE_CHECKING:
-    from lorafleet.tuning.ledger import Listener
+    pass
 
 _MAX_WAITING = 10_000
 """Calls that may wait for W&B; a result is about 2 kB."""
 _CLOSE_SECONDS = 300.0
 """Seconds that the end of a search waits for W&B."""
+_STOP_SECONDS = 5.0
+"""The same, if the run is asked to stop."""
 _NOT_LOGGED = {
     "schema_version",
     "time",
@@ -53,19 +56,22 @@ _NOT_LOGGED = {
 
 
 @contextlib.contextmanager
-def open_trackers(run: Run, job: JobSpec, trials: Iterable[Trial]) -> Iterator[list[Listener]]:
-    """Yield the listeners that a job asks for, and close what they hold open on exit.
+def open_tracker(
+    run: Run, job: JobSpec, trials: Iterable[Trial], is_stopping: Callable[[], bool]
+) -> Iterator[BackgroundTracker | None]:
+    """Yield the tracker that a job asks for, and close it on exit.
 
-    The list is empty if tracking is disabled. Errors of W&B never leave this function: they
-    are recorded as events.
+    None if tracking is disabled. Errors of W&B never leave this function: they are recorded as
+    events.
 
     Args:
         run: Its `wandb/` folder is created.
         trials: Its trials of earlier attempts.
+        is_stopping: Returns whether the run is asked to stop, so that the exit must be quick.
     """
     mode = resolve_wandb_mode(job)
     if mode == "disabled":
-        yield []
+        yield None
         return
     if mode == "offline" and get_requested_mode(job) == "online":
         run.add_event(
@@ -77,9 +83,11 @@ def open_trackers(run: Run, job: JobSpec, trials: Iterable[Trial]) -> Iterator[l
     earlier = {trial.id: trial.state.has_ended for trial in trials}
     tracker = BackgroundTracker(run, WandbMirror(run, job, mode, earlier))
     try:
-        yield [tracker]
-    finally:
-        tracker.close()
+        yield tracker
+    except BaseException:
+        tracker.close(is_stopping=True)
+        raise
+    tracker.close(is_stopping=is_stopping())
 
 
 class _Mirror(Protocol):
@@ -95,9 +103,9 @@ class _Mirror(Protocol):
 class BackgroundTracker:
     """Passes what the ledger records on to a mirror, in a thread.
 
-    A `Listener`. The search never waits for it: opening a W&B run takes seconds. Results that
-    do not fit into the queue are left out; the mirror reads them from the record when the
-    trial ends. If the mirror raises an error, it is not used any more, and a note says so.
+    A `Listener`. The search never waits for it: opening a W&B run takes seconds. If a result does
+    not fit into the queue, it and the later ones of its trial are left out; the mirror reads them
+    from the record when the trial ends. After an error the mirror is closed, and a note says so.
 
     Args:
         run: The run; this thread writes its events.
@@ -115,9 +123,13 @@ class BackgroundTracker:
     ) -> None:
         self.run, self.mirror = run, mirror
         self.max_waiting, self.close_seconds = max_waiting, close_seconds
+        self.is_stuck = False
+        """True if the mirror did not end in time: its thread still runs."""
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._error: Exception | None = None
-        self._calls.put(mirror.write_missing)
+        self._errors: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        self._skips = False
+        # Trials with results that were left out.
+        self._incomplete: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -127,52 +139,68 @@ class BackgroundTracker:
 
     def on_row(self, trial: Trial, row: MetricsRow) -> None:
         """Mirror a result."""
-        if self._calls.qsize() < self.max_waiting:
+        if trial.id in self._incomplete or self._calls.qsize() >= self.max_waiting:
+            self._incomplete.add(trial.id)
+        else:
             self._put(partial(self.mirror.log, trial.id, row))
 
     def on_end(self, trial: Trial) -> None:
         """Mirror the end of a trial."""
         self._put(partial(self.mirror.end, trial.id))
 
-    def close(self) -> None:
-        """Wait until everything is mirrored, but not for ever."""
-        self._put(self.mirror.close)
+    def close(self, *, is_stopping: bool) -> None:
+        """Wait until everything is mirrored, but not for ever.
+
+        Args:
+            is_stopping: Leave out what waits: the machine may be needed, and the next attempt
+                mirrors what this one has not.
+        """
+        self._skips |= is_stopping
         self._calls.put(None)
-        self._thread.join(self.close_seconds)
-        if self._thread.is_alive():
-            self._record(
-                f"W&B did not take everything within {self.close_seconds:.0f} seconds. The run's "
-                "own record is complete: upload it with `lorafleet sync`"
+        seconds = min(self.close_seconds, _STOP_SECONDS) if is_stopping else self.close_seconds
+        self._thread.join(seconds)
+        self._record_errors()
+        self.is_stuck = self._thread.is_alive()
+        if self.is_stuck and not is_stopping:
+            sentence = (
+                f"W&B did not take everything within {seconds:.0f} seconds. The run's own record "
+                "is complete: upload what W&B has written with `lorafleet sync`"
             )
-        elif self._error is not None:
-            self._record_error(self._error)
+            self.run.add_event(NoteEvent(sentence=sentence))
 
     def _put(self, call: Callable[[], None]) -> None:
         """Let the thread make a call."""
-        error, self._error = self._error, None
-        if error is not None:
-            self._record_error(error)
-        if self._thread.is_alive():
+        self._record_errors()
+        if not self._skips:
             self._calls.put(call)
 
-    def _record_error(self, error: Exception) -> None:
-        # Another attempt has the run: this one finds out by itself, and must not write.
-        if not isinstance(error, StaleAttempt):
-            text = f"{type(error).__name__}: {error}"[:500]
-            self.run.add_event(TrackingFailedEvent(error=text))
-
-    def _record(self, sentence: str) -> None:
-        self.run.add_event(NoteEvent(sentence=sentence))
+    def _record_errors(self) -> None:
+        """Record the errors of the thread, which must not write events itself."""
+        while not self._errors.empty():
+            error = self._errors.get()
+            # Another attempt has the run: this one finds out by itself, and must not write.
+            if not isinstance(error, StaleAttempt):
+                text = f"{type(error).__name__}: {error}"[:500]
+                self.run.add_event(TrackingFailedEvent(error=text))
 
     def _work(self) -> None:
-        """Make the calls in their order, until one raises or `close` ends the thread."""
+        """Make the calls in their order, until `close`."""
+        # A run of an earlier attempt that cannot be written again does not concern the others.
+        self._try(self.mirror.write_missing)
         while (call := self._calls.get()) is not None:
-            try:
-                call()
-            # Whatever W&B's client may raise: tracking must not end a run.
-            except Exception as error:  # noqa: BLE001
-                self._error = error
-                return
+            if not self._skips:
+                self._skips |= not self._try(call)
+        self._try(self.mirror.close)
+
+    def _try(self, call: Callable[[], None]) -> bool:
+        """Make a call, and return whether it raised no error."""
+        try:
+            call()
+        # Whatever W&B's client may raise, even to end the process: tracking must not end a run.
+        except BaseException as error:  # noqa: BLE001
+            self._errors.put(error)
+            return False
+        return True
 
 
 class WandbMirror:
@@ -190,6 +218,8 @@ class WandbMirror:
         self.open: dict[str, Any] = {}
         # Trial id -> last step that was logged.
         self.last_step: dict[str, int] = {}
+        # W&B id -> folders of earlier attempts.
+        self._stale_folders: dict[str, list[Path]] = {}
         self.folder = run.path / "wandb"
         self.folder.mkdir(exist_ok=True)
 
@@ -204,11 +234,9 @@ class WandbMirror:
     def write_missing(self) -> None:
         """Rewrite the W&B runs of ended trials that an earlier attempt did not close."""
         closed = {row["trial_id"] for row in files.read_jsonl(self.closed_file)}
-        unclosed = [trial_id for trial_id in self.earlier if trial_id not in closed]
-        left = {self._get_wandb_id(trial_id) for trial_id in unclosed}
-        remove_wandb_runs(self.run, lambda wandb_id: wandb_id in left)
-        for trial_id in unclosed:
-            if self.earlier[trial_id]:
+        self._stale_folders = find_wandb_folders(self.run)
+        for trial_id, has_ended in self.earlier.items():
+            if has_ended and trial_id not in closed:
                 self.begin(trial_id)
                 self.end(trial_id)
 
@@ -221,6 +249,9 @@ class WandbMirror:
             return
         params = self.run.get_trial(trial_id).read_params()
         config = {"assignment": params.assignment, **params.resolved}
+        # Only now, when they are written again: a search that ends before may still be uploaded.
+        for folder in self._stale_folders.pop(self._get_wandb_id(trial_id), ()):
+            shutil.rmtree(folder, ignore_errors=True)
         wandb_run = open_wandb(
             self.run,
             self.job,

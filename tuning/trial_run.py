@@ -34,7 +34,7 @@ from lorafleet.training.model import Base
 from lorafleet.training.session import TrainingSession
 from lorafleet.training.strategies import Ranks
 from lorafleet.training.watchdog import Watchdog
-from lorafleet.tuning.progress import ASK_SECONDS, DriverLink, describe_progress
+from lorafleet.tuning.progress import ASK_SECONDS, DriverLink, make_progress
 from lorafleet.tuning.trial_report import TrialReport
 
 _HEARTBEAT_SECONDS = ASK_SECONDS
@@ -328,7 +328,7 @@ class TrialRun:
             else:  # clocks differ between processes, so all must stop at the same step
                 row = session.advance(min(target, session.step + self.steps_a_beat))
             if self.ranks.rank == 0 and self.work.link is not None:
-                progress = describe_progress(row, self.plan.total_steps)
+                progress = make_progress(_to_row(row), self.plan.total_steps)
                 self.work.link.send_progress(self.trial.id, progress)
             now = time.monotonic()
             # A group stops by steps, so their number follows the measured speed.
@@ -371,9 +371,11 @@ class TrialRun:
 
         Its report and the ledger's decision can cross. Always False for a single process.
         """
-        return self.ranks.world_size > 1 and bool(
-            self._broadcast_ints(self.trial.state.has_ended)[0]
-        )
+        if self.ranks.world_size == 1:
+            return False
+        # The first process reads the file, which is newer than what the driver has sent.
+        has_ended = self.ranks.rank == 0 and self.trial.state.has_ended
+        return bool(self._broadcast_ints(has_ended)[0])
 
     def _broadcast_ints(self, *values: int) -> list[int]:
         """Return the first process's values on all processes.

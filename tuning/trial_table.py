@@ -1,8 +1,7 @@
 """Hold all trials of a run in memory, for the driver that writes them.
 
-The files stay the record: the table is filled from them once, and every change is written
-before it is visible here. So a search costs no file that it has read before, whatever the
-number of its trials.
+The files stay the record: the table is filled from them once. States are written before they
+are visible here. Results without an evaluation are written later.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from lorafleet.jobs.schema.types import Assignment
 
 @dataclass(frozen=True)
 class TrackedTrial(Trial):
-    """A trial of a `TrialTable`: what `Trial` reads again and again is in memory.
+    """A trial of a `TrialTable`, whose parameters and status are in memory.
 
-    Results between two evaluations are written together with the next one, or when the table
-    is told to: they are shown and not decided by.
+    Results without an evaluation wait in memory until the next evaluation, or until
+    `write_rows` is called.
     """
 
     memory: _Memory = field(default_factory=lambda: _Memory(), compare=False, repr=False)
@@ -57,17 +56,20 @@ class TrackedTrial(Trial):
 
     @property
     def has_unwritten_rows(self) -> bool:
-        """Return whether lines wait to be written."""
+        """Return whether results wait to be written."""
         return bool(self.memory.unwritten)
 
-    def write_rows(self) -> bool:
-        """Write the lines that wait, in one go. Return False if there were none."""
-        rows = self.memory.unwritten
-        if not rows:
-            return False
-        super().add_rows(*rows)
-        self.memory.unwritten = []
-        return True
+    def take_unsaved_rows(self) -> list[MetricsRow]:
+        """Return the waiting results that no earlier call has returned."""
+        rows = self.memory.unwritten[self.memory.saved :]
+        self.memory.saved = len(self.memory.unwritten)
+        return rows
+
+    def write_rows(self) -> None:
+        """Write the results that wait."""
+        if self.memory.unwritten:
+            super().add_rows(*self.memory.unwritten)
+            self.memory.unwritten, self.memory.saved = [], 0
 
     def read_metrics(self) -> list[MetricsRow]:
         """Return all rows of metrics.jsonl, oldest first."""
@@ -77,11 +79,13 @@ class TrackedTrial(Trial):
 
 @dataclass
 class _Memory:
-    """What is known of a trial without reading a file."""
+    """Values of a trial that are not read from its files again."""
 
     params: TrialParams | None = None
     status: TrialStatus | None = None
     unwritten: list[MetricsRow] = field(default_factory=list)
+    saved: int = 0
+    """Number of the unwritten rows that are in the journal."""
     on_state: Callable[[TrackedTrial, TrialState], None] = lambda trial, previous: None
 
 

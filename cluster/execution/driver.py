@@ -90,6 +90,11 @@ class Driver(ABC):
         record_restart(self.run)
 
     @property
+    def has_stuck_thread(self) -> bool:
+        """Return whether a thread may keep this process from ending."""
+        return False
+
+    @property
     def stop_file(self) -> Path:
         """Return the path of the stop file, which asks every process of the run to save and end."""
         return self.run.path / "stop"
@@ -212,7 +217,7 @@ class Driver(ABC):
     def _handle_signal(self, number: int, _frame: Any) -> None:
         """Handle a signal: the first asks the run to save and end, a second ends the process.
 
-        Only touches the stop file, which hosts on other machines see as well. Signals within a
+        Only creates the stop file, which the driver passes on to its trials. Signals within a
         second count as one: timeout and terminals signal the process and its group.
         """
         if self.stop_signal is signal.SIGUSR1 and number == signal.SIGUSR1:
@@ -228,6 +233,10 @@ class Driver(ABC):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.stop_signal = signal.Signals(number)
+        self._request_stop()
+
+    def _request_stop(self) -> None:
+        """Ask every process of the run to save and end."""
         self.stop_file.touch()
 
     def _install_signal_handlers(self) -> dict[signal.Signals, Any]:

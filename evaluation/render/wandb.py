@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,7 +73,8 @@ def track_report(run: Run, job: JobSpec, report: Report, name: str = "report") -
 def _log_report(run: Run, job: JobSpec, report: Report, mode: Mode, name: str) -> None:
     import wandb
 
-    remove_wandb_runs(run, lambda wandb_id: wandb_id == f"{run.id}-{name}")
+    for folder in find_wandb_folders(run).get(f"{run.id}-{name}", ()):
+        shutil.rmtree(folder, ignore_errors=True)
     wandb_run = open_wandb(run, job, mode, f"{run.id}-{name}", name, job_type=name, config={})
     tables = _build_tables(report, samples=job.tracking.upload_samples)
     wandb_run.log(
@@ -220,17 +221,14 @@ def _is_logged_in(job: JobSpec) -> bool:
         return False
 
 
-def remove_wandb_runs(run: Run, is_left: Callable[[str], bool]) -> None:
-    """Remove the files of W&B runs that will be written again.
-
-    Args:
-        run: The run.
-        is_left: Returns whether those of a W&B run, given by its id, are removed.
-    """
+def find_wandb_folders(run: Run) -> dict[str, list[Path]]:
+    """Return the folders that W&B has written for a run, by the id of the W&B run."""
+    folders: dict[str, list[Path]] = {}
     for folder in (run.path / "wandb" / "wandb").glob("*run-*-*"):
         # The name is `run-` or `offline-run-`, the time of its start, `-`, the id.
-        if is_left(folder.name.partition("run-")[2].partition("-")[2]):
-            shutil.rmtree(folder, ignore_errors=True)
+        wandb_id = folder.name.partition("run-")[2].partition("-")[2]
+        folders.setdefault(wandb_id, []).append(folder)
+    return folders
 
 
 def open_wandb(
@@ -245,7 +243,7 @@ def open_wandb(
 ) -> Any:
     """Open a W&B run in the group of a run.
 
-    Call `remove_wandb_runs` first, for what a killed attempt has left.
+    Remove the folders of a killed attempt first (`find_wandb_folders`).
 
     Args:
         run: The run. All its W&B runs are grouped under its id.

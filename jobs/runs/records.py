@@ -148,7 +148,7 @@ class TrialStatus(Record):
     state: str | None = None
     reason: str | None = None
     rung: int | None = None
-    """Last rung that was reached."""
+    """Last rung that was reached; written when the trial ends."""
     failure: FailureRecord | None = None
     retries: dict[str, int] = {}
     """Failure class -> restarts after it."""

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from lorafleet.jobs.runs.records import Progress
 from lorafleet.jobs.runs.run import Run
+from lorafleet.tuning.evaluation_pool import _wait_for_one
 from lorafleet.tuning.progress import (
     ProgressBoard,
     ProgressExchange,
@@ -61,12 +63,12 @@ def test_progress_reaches_the_file_and_a_stop_reaches_the_trials(run: Run) -> No
         # As a worker gets it. Two processes of one driver share an actor.
         link, other = (pickle.loads(pickle.dumps(RayLink(exchange.actor))) for _ in range(2))
         assert not link.is_stop_requested()
-        link.send_progress("a", {"step": 3, "total": 9})
+        link.send_progress("a", Progress(step=3, total=9))
         poll_until(exchange, lambda: read_step(run) == 3)
         stop_file.path.touch()
         poll_until(exchange, link.is_stop_requested)
         poll_until(exchange, other.is_stop_requested)
-        link.send_progress("a", {"step": 5, "total": 9})
+        link.send_progress("a", Progress(step=5, total=9))
     board.write()  # what was sent last is not lost
     assert read_step(run) == 5
 
@@ -75,7 +77,7 @@ def test_a_lost_actor_is_restarted(run: Run) -> None:
     board, stop_file = open_board(run), StopFile(run.path / "stop")
     with open_exchange(board, stop_file) as exchange:
         link = RayLink(exchange.actor)
-        link.send_progress("a", {"step": 3})
+        link.send_progress("a", Progress(step=3))
         poll_until(exchange, lambda: read_step(run) == 3)
         ray.kill(exchange.actor, no_restart=False)
         step = 3
@@ -83,7 +85,7 @@ def test_a_lost_actor_is_restarted(run: Run) -> None:
         def has_arrived() -> bool:
             nonlocal step
             step += 1
-            link.send_progress("a", {"step": step})
+            link.send_progress("a", Progress(step=step))
             return read_step(run) > 3
 
         poll_until(exchange, has_arrived)
@@ -95,13 +97,48 @@ def test_a_lost_actor_is_restarted(run: Run) -> None:
 def test_a_trial_does_not_wait_for_an_actor_that_does_not_answer(run: Run) -> None:
     @ray.remote(num_cpus=0)
     class Sleeper:
-        def send_progress(self, trial_id: str, progress: dict[str, int]) -> bool:
+        def send_progress(self, trial_id: str, progress: Progress) -> bool:
             time.sleep(60)
             return True
 
     link = RayLink(Sleeper.remote())  # type: ignore[attr-defined]
     before = time.monotonic()
     for step in range(100):
-        link.send_progress("a", {"step": step})
+        link.send_progress("a", Progress(step=step))
         assert not link.is_stop_requested()
     assert time.monotonic() - before < 2.0
+
+
+def test_late_answers_do_not_slow_a_trial_down(run: Run) -> None:
+    @ray.remote(num_cpus=0)
+    class Slow:
+        def send_progress(self, trial_id: str, progress: Progress) -> bool:
+            time.sleep(0.7)
+            return progress.step > 5
+
+    link, waited = RayLink(Slow.remote()), 0.0  # type: ignore[attr-defined]
+    for step in range(8):
+        before = time.monotonic()
+        link.send_progress("a", Progress(step=step))
+        waited += time.monotonic() - before
+        time.sleep(0.8)
+    assert waited < 1.0  # for the first answer only
+    assert link.is_stop_requested()
+
+
+def test_workers_are_told_to_stop_while_replies_keep_coming(run: Run) -> None:
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def evaluate(self, seconds: float) -> None:
+            time.sleep(seconds)
+
+    worker, stop_file = Worker.remote(), StopFile(run.path / "stop")  # type: ignore[attr-defined]
+    with open_exchange(None, stop_file) as exchange:
+        link = RayLink(exchange.actor)
+        stop_file.path.touch()
+        deadline = time.monotonic() + 30
+        while not link.is_stop_requested():
+            assert time.monotonic() < deadline
+            ray.get(_wait_for_one([worker.evaluate.remote(0.02)], exchange))
+        with pytest.raises(ray.exceptions.GetTimeoutError, match="no reply within 0 seconds"):
+            _wait_for_one([worker.evaluate.remote(5)], exchange, timeout=0.1)

@@ -11,7 +11,7 @@ from lorafleet.commands.followed_run import FollowedRun
 from lorafleet.commands.view import collect_trials, iterate_news
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.events import NoteEvent, SearchEvent
-from lorafleet.jobs.runs.records import MetricsRow
+from lorafleet.jobs.runs.records import MetricsRow, Progress
 from lorafleet.jobs.runs.run import Run, TrialState
 from lorafleet.tuning.ledger import Ledger
 from lorafleet.tuning.progress import ProgressBoard
@@ -97,7 +97,7 @@ def test_progress_is_shown_before_it_is_in_the_file_of_the_trial(
     search.report("t0", 4)
     assert search.run.get_trial("t0").read_metrics() == []
     assert search.show()[0] == ("running", 4, None)
-    search.board.update("t0", {"step": 6, "train_seconds": 6.0})
+    search.board.update("t0", Progress(step=6, train_seconds=6.0))
     search.board.write()
     assert search.show()[0] == ("running", 6, None)
 

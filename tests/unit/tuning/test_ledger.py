@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lorafleet.jobs import files
 from lorafleet.jobs.runs.events import RungEvent
 from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run, TrialState
@@ -80,24 +81,61 @@ def test_results_between_evaluations_wait_for_the_next_one(ledger: Ledger) -> No
     def read(name: str) -> list[int]:
         return [row.step for row in ledger.run.get_trial(name).read_metrics()]
 
-    for step in (1, 2):
-        assert report(ledger, "a", step)
-    assert report(ledger, "b", 1)
+    for name in "abc":
+        assert report(ledger, name, 1)
+    assert report(ledger, "a", 2)
     assert (read("a"), read("b")) == ([], [])
     assert report(ledger, "a", 64, 0.5, rung=0)
     assert (read("a"), read("b")) == ([1, 2, 64], [])  # on the disk before it is decided
-    assert report(ledger, "a", 65)
-    ledger.write_longest_wait()  # "b" waits longer
-    assert (read("a"), read("b")) == ([1, 2, 64], [1])
-    ledger.write_longest_wait()
-    assert read("a") == [1, 2, 64, 65]
     report(ledger, "a", 66)
     ledger.end_trial(ledger.trials.get("a"), TrialState.FINISHED)
-    assert read("a") == [1, 2, 64, 65, 66]
+    assert read("a") == [1, 2, 64, 66]
     report(ledger, "b", 2)
-    ledger.write_all()
-    assert read("b") == [1, 2]
-    assert ledger.trial_seconds == 66 + 2
+    ledger.save_results()  # of two trials: written at once
+    assert (read("b"), read("c")) == ([1, 2], [1])
+    assert not ledger.journal.path.exists()
+    assert ledger.trial_seconds == 66 + 2 + 1
+
+
+def test_results_of_many_trials_survive_a_kill(ledger: Ledger) -> None:
+    def read(name: str) -> list[int]:
+        return [row.step for row in ledger.run.get_trial(name).read_metrics()]
+
+    for name in "abcd":
+        report(ledger, name, 1)
+        report(ledger, name, 2)
+    ledger.save_results()
+    report(ledger, "a", 3)
+    report(ledger, "b", 64, 0.5, rung=0)
+    ledger.save_results()
+    assert (read("a"), read("b")) == ([], [1, 2, 64])
+    assert [row["step"] for row in files.read_jsonl(ledger.journal.path)] == [*[1, 2] * 4, 3]
+    # As if the driver was killed here. A budget counts what the trials had reported.
+    again = Ledger(ledger.run, ledger.job, searching=True)
+    assert [read(name) for name in "abcd"] == [[1, 2, 3], [1, 2, 64], [1, 2], [1, 2]]
+    assert again.trial_seconds == ledger.trial_seconds == 3 + 64 + 2 + 2
+    assert not again.journal.path.exists()
+    assert not report(again, "d", 2, rung=None) or read("d") == [1, 2]  # a repeated report
+
+
+def test_a_journal_that_grows_is_emptied(ledger: Ledger) -> None:
+    for step in range(300):
+        for name in "abc":
+            report(ledger, name, step)
+        ledger.save_results()
+    assert len(ledger.run.get_trial("a").read_metrics()) > 190
+    assert ledger.journal.rows < 3 * 202
+    ledger.write_results()
+    assert [row.step for row in ledger.run.get_trial("c").read_metrics()] == list(range(300))
+    assert not ledger.journal.path.exists()
+
+
+def test_a_damaged_journal_costs_a_note(ledger: Ledger) -> None:
+    ledger.journal.path.write_text('{"step": "x", "trial_id": "a"}\n')
+    again = Ledger(ledger.run, ledger.job, searching=True)
+    (remark,) = again.run.list_remarks()
+    assert remark.startswith("results without an evaluation are lost")
+    assert not again.journal.path.exists()
 
 
 def test_a_decision_is_made_once(ledger: Ledger) -> None:

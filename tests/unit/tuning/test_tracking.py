@@ -71,7 +71,7 @@ def test_the_search_does_not_wait_and_nothing_is_lost(trial: Trial) -> None:
     assert time.monotonic() - before < 1.0
     assert mirror.calls == []
     mirror.gate.set()
-    tracker.close()
+    tracker.close(is_stopping=False)
     logged = [("log", "aaaa", step) for step in range(1000)]
     assert mirror.calls == [
         ("missing",),
@@ -86,12 +86,18 @@ def test_the_search_does_not_wait_and_nothing_is_lost(trial: Trial) -> None:
 def test_results_that_do_not_fit_are_left_out_and_the_end_is_not(trial: Trial) -> None:
     mirror = Mirror()
     tracker = BackgroundTracker(get_run(trial), mirror, max_waiting=10)
-    train(tracker, trial, 1000)
+    tracker.on_begin(trial)
+    for step in range(100):
+        tracker.on_row(trial, MetricsRow(step=step))
     mirror.gate.set()
-    tracker.close()
+    time.sleep(0.5)
+    tracker.on_row(trial, MetricsRow(step=100))  # there is room again, but it would leave a gap
+    tracker.on_end(trial)
+    tracker.close(is_stopping=False)
     names = [call[0] for call in mirror.calls]
     assert 5 < names.count("log") <= 10
     assert names[-2:] == ["end", "close"]
+    assert ("log", "aaaa", 100) not in mirror.calls
 
 
 @pytest.mark.parametrize("failing", ["missing", "begin", "log", "end", "close"])
@@ -102,16 +108,35 @@ def test_an_error_of_the_tracker_costs_a_note(failing: str, trial: Trial) -> Non
     train(tracker, trial, 3)
     time.sleep(0.2)
     train(tracker, trial, 3)
-    tracker.close()
+    tracker.close(is_stopping=False)
     (event,) = get_run(trial).read_events(TrackingFailedEvent)
     assert event.error == "RunError: W&B is not there"
-    assert not tracker._thread.is_alive()
+    assert not tracker.is_stuck
+    closed = 0 if failing == "close" else 1
+    assert [call[0] for call in mirror.calls].count("close") == closed
+    # An earlier attempt's run that cannot be written does not concern those of this one.
+    logged = 6 if failing in ("missing", "close") else 0
+    assert [call[0] for call in mirror.calls].count("log") >= logged
+
+
+def test_a_run_that_stops_does_not_wait_for_what_is_left(trial: Trial) -> None:
+    mirror = Mirror()
+    tracker = BackgroundTracker(get_run(trial), mirror)
+    train(tracker, trial, 1000)
+    threading.Timer(0.3, mirror.gate.set).start()
+    tracker.close(is_stopping=True)
+    names = [call[0] for call in mirror.calls]
+    assert names[0] == "missing"
+    assert names[-1] == "close"
+    assert names.count("log") == 0
+    assert get_run(trial).list_remarks() == []
 
 
 def test_the_end_of_a_search_does_not_wait_for_ever(trial: Trial) -> None:
     tracker = BackgroundTracker(get_run(trial), Mirror(), close_seconds=0.2)
     train(tracker, trial, 3)
-    tracker.close()
+    tracker.close(is_stopping=False)
+    assert tracker.is_stuck
     (sentence,) = get_run(trial).list_remarks()
     assert sentence.startswith("W&B did not take everything within 0 seconds.")
 
@@ -155,3 +180,21 @@ def test_rows_that_were_left_out_are_read_from_the_record(
     assert wandb_run.summary["state"] == "finished"
     assert wandb_run.finished
     assert [event.event for event in run.read_events(Event)] == ["trial"]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_records_of_an_unfinished_trial_stay_until_it_begins_again(
+    begins: bool, trial: Trial, bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafleet.tuning.tracking.open_wandb", lambda *_, **__: WandbRun())
+    run = get_run(trial)
+    mirror = WandbMirror(run, bert_job().job, "offline", {trial.id: False})
+    earlier = mirror.folder / "wandb" / f"offline-run-20260101_000000-{run.id}-{trial.id}"
+    other = mirror.folder / "wandb" / f"offline-run-20260101_000000-{run.id}-report"
+    for folder in (earlier, other):
+        folder.mkdir(parents=True)
+    mirror.write_missing()
+    if begins:
+        mirror.begin(trial.id)
+    assert earlier.is_dir() is not begins
+    assert other.is_dir()

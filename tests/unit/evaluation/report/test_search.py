@@ -37,6 +37,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.plan import read_plan
+from lorafleet.jobs.runs.records import Progress
 from lorafleet.jobs.runs.report import Recommendation, Row
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.sites.base import LocalSite
@@ -499,7 +500,7 @@ def test_a_trial_that_has_not_reported_yet_is_shown_as_running(finished: Run) ->
     assert collect_trials(FollowedRun(finished))[-1].state == "pending"
     board = ProgressBoard()
     board.trials = TrialTable(finished)
-    board.update(trial.id, {"time": time.time(), "step": 5, "train_seconds": 1.0})
+    board.update(trial.id, Progress(time=time.time(), step=5, train_seconds=1.0))
     board.write_if_due()
     assert collect_trials(FollowedRun(finished))[-1].state == "running"
     old = {"time": time.time() - 60, "step": 5, "train_seconds": 1.0}

@@ -14,6 +14,8 @@ from typing import Any
 
 from lorafleet.slurm.states import get_job_state, parse_state
 
+_NO_NODES = ("", "(null)", "None assigned")
+"""What Slurm's commands print in place of the nodes of a job that has none."""
 _PAIR = re.compile(r"(?:^|\s)([A-Za-z][A-Za-z0-9/:_]*)=")
 
 
@@ -68,7 +70,7 @@ def _build_record_from_pairs(pairs: dict[str, str]) -> JobRecord:
         exit_code=int(code) if code.isdigit() and get_job_state(state).ended else None,
         signal=int(signal) if signal.isdigit() and int(signal) else None,
         restarts=int(restarts) if (restarts := pairs.get("Restarts", "")).isdigit() else 0,
-        nodes="" if pairs.get("NodeList") in (None, "(null)") else pairs["NodeList"],
+        nodes="" if pairs.get("NodeList", "") in _NO_NODES else pairs["NodeList"],
     )
 
 
@@ -107,7 +109,7 @@ def parse_sacct(text: str) -> list[JobRecord]:
             "Reason": _clean_reason(reason),
             "Restarts": restarts,
         }
-        node_pairs = {} if nodes == "None assigned" else {"NodeList": nodes}
+        node_pairs = {} if nodes in _NO_NODES else {"NodeList": nodes}
         records.append(_build_record_from_pairs(pairs | node_pairs))
     return records
 
@@ -132,16 +134,20 @@ def _build_record_from_json(job: dict[str, Any]) -> JobRecord:
     state: Any = job.get("job_state")
     if state is None:  # sacct's: {"current": "FAILED" or ["FAILED"], "reason": ...}
         state = (job.get("state") or {}).get("current", "")
-    code, signal = _parse_exit_status(job.get("exit_code"))
+    state = parse_state(state)
+    # A job that has not ended is reported with exit code 0.
+    has_ended = get_job_state(state).ended
+    code, signal = _parse_exit_status(job.get("exit_code")) if has_ended else (None, None)
+    nodes = str(job.get("nodes") or "")
     reason = job.get("state_reason") or (job.get("state") or {}).get("reason") or ""
     return JobRecord(
         job_id=str(job.get("job_id")),
-        state=parse_state(state),
+        state=state,
         reason="" if reason == "None" else str(reason),
         exit_code=code,
         signal=signal,
         restarts=_parse_number(job.get("restart_cnt")) or 0,
-        nodes=str(job.get("nodes") or ""),
+        nodes="" if nodes in _NO_NODES else nodes,
     )
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lorafleet.jobs.runs.run import RunState
-from lorafleet.slurm.accounting import JobRecord, parse_json, parse_scontrol
+from lorafleet.slurm.accounting import JobRecord, parse_json, parse_sacct, parse_scontrol
 from lorafleet.slurm.states import (
     _SHORT_CODES,
     STATES,
@@ -115,6 +115,29 @@ def test_scontrols_line() -> None:
 def test_json_of_old_and_new_versions(job: dict[str, object]) -> None:
     (found,) = parse_json(json.dumps({"jobs": [job]}))
     assert found == JobRecord("42", "FAILED", "NonZeroExitCode", 3, None, 2, "node[1-2]")
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"job_id": 7, "job_state": "RUNNING", "exit_code": 0, "nodes": "node1"},
+        {"job_id": 7, "job_state": ["RUNNING"], "nodes": "node1",
+         "exit_code": {"status": ["SUCCESS"], "return_code": {"set": True, "infinite": False, "number": 0}}},
+        {"job_id": 7, "state": {"current": ["RUNNING"]}, "nodes": "node1",
+         "exit_code": {"status": "SUCCESS", "return_code": 0}},
+    ],
+    ids=["22.05", "24.05", "sacct"],
+)  # fmt: skip
+def test_a_job_that_runs_has_no_exit_code(job: dict[str, object]) -> None:
+    assert parse_json(json.dumps({"jobs": [job]})) == [JobRecord("7", "RUNNING", nodes="node1")]
+
+
+@pytest.mark.parametrize("nodes", ["None assigned", "(null)", "", None])
+def test_a_job_that_never_started_has_no_nodes(nodes: str | None) -> None:
+    job = {"job_id": 7, "state": {"current": ["CANCELLED"]}, "nodes": nodes, "exit_code": 0}
+    (record,) = parse_json(json.dumps({"jobs": [job]}))
+    assert record.nodes == ""
+    assert parse_sacct(f"7|CANCELLED|0:0|None|{nodes or ''}|0\n")[0].nodes == ""
 
 
 def test_what_is_no_answer_is_an_error() -> None:

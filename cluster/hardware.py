@@ -48,6 +48,13 @@ def get_free_memory_gib() -> float:
     return round(psutil.virtual_memory().available / 2**30, 1)
 
 
+def get_total_memory_gib() -> float:
+    """Return the memory of this machine, in GiB."""
+    import psutil
+
+    return round(psutil.virtual_memory().total / 2**30, 1)
+
+
 def find_gpus() -> Gpus:
     """Return the GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows.
 

@@ -42,11 +42,16 @@ def logs(
     refreshed_at = time.monotonic()
     # Asked before the first print: lines that are written in between are printed in the next round.
     is_live = follow and _is_live(backend, selected_run)
+    has_lines = False
     while True:
         for line in _read_new_lines(_list_log_files(selected_run, trial), offsets):
+            has_lines = True
             print_text(
                 line.rstrip("\r").rpartition("\r")[2]
             )  # keep only the last state of a progress bar
+        if not has_lines:
+            has_lines = True  # said once
+            _explain_empty_log(backend, selected_run)
         if not is_live:
             return
         if time.monotonic() - refreshed_at > _REFRESH_SECONDS:
@@ -58,6 +63,13 @@ def logs(
 
 _REFRESH_SECONDS = 5.0
 """Seconds between two checks whether the run has ended; each may query a queue."""
+
+
+def _explain_empty_log(backend: RunBackend, run: Run) -> None:
+    """Print why a run has no log: for example because it waits in a queue."""
+    status = backend.status(run)
+    message = f": {status.message}" if status.message else ""
+    print_message(f"{run.id} has no log yet. It is {status.state}{message}")
 
 
 def _is_live(backend: RunBackend, run: Run) -> bool:

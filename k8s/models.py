@@ -136,7 +136,7 @@ class PodSpec(KubernetesModel):
     priority_class_name: str | None = None
     termination_grace_period_seconds: int | None = None
     node_selector: dict[str, str] | None = None
-    tolerations: list[dict[str, str]] | None = None
+    tolerations: list[dict[str, str | int]] | None = None
     affinity: dict[str, Any] | None = None
     security_context: dict[str, Any]
     containers: list[Container]

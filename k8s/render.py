@@ -539,7 +539,7 @@ def _build_pod_spec(
         priority_class_name=priority_class,
         termination_grace_period_seconds=site.deadlines.save_seconds + _EXTRA_GRACE_SECONDS,
         node_selector=node_selector or None,
-        tolerations=[toleration.to_dict() for toleration in tolerations] or None,
+        tolerations=_list_tolerations(site, tolerations),
         security_context={
             "runAsNonRoot": True,
             "runAsUser": site.run_as_user,
@@ -552,6 +552,25 @@ def _build_pod_spec(
         containers=containers,
         volumes=volumes,
     )
+
+
+def _list_tolerations(
+    site: KubernetesSite, tolerations: tuple[Toleration, ...]
+) -> list[dict[str, str | int]]:
+    """Return the site's tolerations, and how long pods stay on a node that is lost.
+
+    Kubernetes adds its own 300 seconds for these two taints, unless a pod tolerates them itself.
+    """
+    lost = (
+        Toleration(key=key, effect="NoExecute", toleration_seconds=site.deadlines.lost_node_seconds)
+        for key in _LOST_NODE_TAINTS
+    )
+    named = {toleration.key for toleration in tolerations}
+    own = [toleration for toleration in lost if toleration.key not in named]
+    return [toleration.to_dict() for toleration in (*tolerations, *own)]
+
+
+_LOST_NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
 
 def _build_container_security(add: tuple[str, ...] = ()) -> dict[str, Any]:

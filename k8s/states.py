@@ -42,7 +42,10 @@ _REASONS = {
     "JobDeploymentStatusTransitionGracePeriodExceeded": (
         "Ray and Kubernetes report different end states"
     ),
-    "JobStatusCheckTimeoutExceeded": "its head node stopped answering",
+    "JobStatusCheckTimeoutExceeded": (
+        "its head node stopped answering, and KubeRay does not restart such a job: `lorafleet "
+        "resume` continues the run"
+    ),
     "ValidationFailed": "the operator rejected it",
 }
 
@@ -71,9 +74,9 @@ def parse_job_state(status: dict[str, Any] | None, *, queued: bool = False) -> J
             return JobState(RunState.STOPPED, "was stopped", ended=True)
         return JobState(RunState.FAILED, f"failed{reason}", ended=True)
     if deployment == "Failed":
-        # A deadline says nothing about the job: like a time limit on Slurm it stops the run, and
-        # `resume` continues it.
-        if status.get("reason") == "DeadlineExceeded":
+        # A deadline or a lost node says nothing about the job: like a time limit on Slurm it stops
+        # the run, and `resume` continues it.
+        if status.get("reason") in ("DeadlineExceeded", "JobStatusCheckTimeoutExceeded"):
             return JobState(RunState.STOPPED, f"was ended{reason}", ended=True)
         return JobState(RunState.FAILED, f"failed{reason}", ended=True)
     if deployment == "Suspended" and not queued:

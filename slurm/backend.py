@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lorafleet.cluster import submitted_runs as registry
 from lorafleet.cluster.backend import RunStatus, Say, WeightSelection, ignore_message
+from lorafleet.cluster.execution.allocation import read_starts
 from lorafleet.cluster.execution.node import request_stop
 from lorafleet.cluster.fetch import fetch_asset, fetch_job
 from lorafleet.cluster.planning.plan import make_plan
@@ -36,6 +37,7 @@ from lorafleet.jobs.schema.environment import OFFLINE
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.sites.placement import choose_node_count
 from lorafleet.jobs.sites.slurm import RequeueSpec, SlurmSite, parse_slurm_time
+from lorafleet.jobs.text import make_printable
 from lorafleet.slurm import client
 from lorafleet.slurm.accounting import JobRecord
 from lorafleet.slurm.render import JOB, ScriptContext, build_submit_command, format_array, render
@@ -198,16 +200,24 @@ class SlurmBackend:
         return f"sbatch --test-only: {complaint}" if complaint else None
 
     def _check_time_limit(self, _plan: Plan) -> str | None:
-        """Return a message if the time limit is above the partition's, or None."""
-        limit = client.get_partition_limit(self.site.partition)
-        if limit is None or limit[1] in ("UNLIMITED", "INFINITE"):
+        """Return a message if the time limit is above that of every partition, or None.
+
+        A job that names several partitions starts in any of them.
+        """
+        names = self.site.partition.split(",") if self.site.partition else [None]
+        limits = [client.get_partition_limit(name) for name in names]
+        if not all(limit and self._is_above(limit[1]) for limit in limits):
             return None
-        if self.site.time_limit_seconds <= parse_slurm_time(limit[1]):
-            return None
-        return (
-            f"time_limit is {self.site.time_limit}, but partition {limit[0]} allows only "
-            f"{limit[1]}: the job would never start"
+        allowed = " and ".join(
+            f"partition {limit[0]} allows only {limit[1]}" for limit in limits if limit
         )
+        return f"time_limit is {self.site.time_limit}, but {allowed}: the job would never start"
+
+    def _is_above(self, limit: str) -> bool:
+        """Return whether the site's time limit is above a partition's."""
+        if limit in ("UNLIMITED", "INFINITE"):
+            return False
+        return self.site.time_limit_seconds > parse_slurm_time(limit)
 
     def _check_account(self, _plan: Plan) -> str | None:
         """Return a message if the user may not use the site's account, or None."""
@@ -305,6 +315,7 @@ class SlurmBackend:
             raise RunError(
                 f"{run.id} already has job {live[0].job_id}, which {_describe_record(live[0])}"
             )
+        self._record_last_end(run)
         record = read_record(run)
         number = record.submission + 1
         # It may be left from `lorafleet stop`, and would end the new driver at once.
@@ -313,6 +324,28 @@ class SlurmBackend:
         # No array: a single job merges what its tasks have left and trains the rest.
         self._submit_jobs(run, number)
         registry.add(run, self.site.name)
+
+    def _record_last_end(self, run: Run) -> None:
+        """Record how Slurm ended the last job, if the job could not do so itself.
+
+        The next driver tells it, and cannot ask Slurm.
+        """
+        starts = read_starts(run.path)
+        if not starts or starts[-1].event not in ("began", "cut-off"):
+            return
+        last = starts[-1]
+        with contextlib.suppress(client.SlurmError):
+            record = client.find_job(last.job)
+            if record is not None and get_job_state(record.state).run is RunState.STOPPED:
+                line = {
+                    "job": last.job,
+                    "restart": last.restart,
+                    "submission": last.submission,
+                    "event": "settled",
+                    "code": 0,
+                    "reason": f"it {get_job_state(record.state).sentence}",
+                }
+                files.append_jsonl(run.path / _FOLDER / "history.jsonl", line)
 
     def _load_job_records(self, run: Run) -> list[JobRecord]:
         """Return Slurm's records of the newest submission's jobs, in the order in which they run.
@@ -487,6 +520,8 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
         never_started
         and own_state is RunState.STOPPED  # recorded by an earlier job, which had saved
     ):
+        if own_state is RunState.STOPPED and last is not None and last.state == "CANCELLED":
+            reason = f"job {last.job_id} was cancelled; {reason}"
         return RunStatus(own_state, reason)
     if last is None:
         return RunStatus(
@@ -502,6 +537,9 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
         return RunStatus(
             RunState.STOPPED, f"{message}; continue it with `lorafleet resume {run.id}`"
         )
+    problem = _read_setup_problem(run, last.job_id)
+    if problem:
+        return RunStatus(RunState.FAILED, f"{message}; {problem}")
     last_output = _read_last_output(run, last.job_id)
     return RunStatus(
         RunState.FAILED, message + (f"; last output: {last_output}" if last_output else "")
@@ -538,6 +576,15 @@ def _describe_record(record: JobRecord) -> str:
         return f"{state.sentence}{again}: {describe_pending(record.reason)}"
     location = f" on {record.nodes}" if record.nodes and state.run is RunState.RUNNING else ""
     return f"{state.sentence}{location}{again}"
+
+
+def _read_setup_problem(run: Run, job: str) -> str:
+    """Return which set-up line of a job failed, and its last words; empty if none did."""
+    try:
+        text = (run.path / _FOLDER / f"problem-{job}").read_text(errors="replace")
+    except OSError:
+        return ""
+    return make_printable(" ".join(text.split()))[:400]
 
 
 def _read_last_output(run: Run, job: str) -> str:

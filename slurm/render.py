@@ -20,7 +20,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lorafleet.jobs.errors import PlacementRefused
-from lorafleet.jobs.sites.slurm import SlurmSite
+from lorafleet.jobs.sites.slurm import NodeType, SlurmSite
 from lorafleet.jobs.text import make_printable
 
 JOB, NODE = "job.sbatch", "node.sh"
@@ -65,12 +65,14 @@ def render(
     Raises:
         PlacementRefused: jinja2 cannot render a template.
     """
+    setup = [*_build_path_lines(site, script), *site.setup]
     context = {
         "title": _quote_title(script.title),
         "version": _quote_title(script.version),
         "site": site.model_dump(mode="json"),
         "options": build_options(site, script.nodes),
-        "setup": [*_build_path_lines(site, script), *site.setup],
+        "setup": setup,
+        "named_setup": _name_lines(setup),
         "values": _build_values(site, script.nodes, stage=script.stage),
         "exports": {
             name: shlex.quote(value) for name, value in _build_exports(site, script).items()
@@ -169,7 +171,7 @@ def build_options(site: SlurmSite, nodes: int) -> list[str]:
         "--ntasks-per-node=1",
         f"--cpus-per-task={smallest.cpus_per_node}",
     ]
-    workers += [f"--mem={_to_mib(smallest.memory_gb_per_node)}M", *_build_gpu_request(site, nodes)]
+    workers += [*_build_memory_request(site, smallest), *_build_gpu_request(site, nodes)]
     workers += [
         f"--{name}={value}"
         for name in ("partition", "constraint")
@@ -181,7 +183,8 @@ def build_options(site: SlurmSite, nodes: int) -> list[str]:
     components = [[*workers, *common, *no_kill, *extra]]
     if site.head:
         head = ["--nodes=1", "--ntasks-per-node=1", f"--cpus-per-task={site.head.cpus}"]
-        head += [f"--mem={_to_mib(site.head.memory_gb)}M"]
+        if site.memory_request != "none":
+            head += [f"--mem={_to_mib(site.head.memory_gb)}M"]
         for name in ("partition", "constraint"):
             value = getattr(site.head, name) or (site.partition if name == "partition" else None)
             head += [f"--{name}={value}"] if value else []
@@ -210,6 +213,21 @@ def _build_gpu_request(site: SlurmSite, nodes: int) -> list[str]:
     return [f"--gpus-per-node={kind}{gpus}"]
 
 
+def _build_memory_request(site: SlurmSite, node: NodeType) -> list[str]:
+    """Return the option that requests the memory of a node for trials."""
+    memory = _to_mib(node.memory_gb_per_node)
+    match site.memory_request:
+        case "mem":
+            return [f"--mem={memory}M"]
+        case "mem-per-cpu":
+            return [f"--mem-per-cpu={memory // node.cpus_per_node}M"]
+        case "mem-per-gpu":
+            return [f"--mem-per-gpu={memory // node.gpus_per_node}M"]
+        case "all":
+            return ["--mem=0"]
+    return []
+
+
 def _to_mib(gigabytes: float) -> int:
     return int(gigabytes * 1e9 / 2**20)
 
@@ -223,6 +241,9 @@ def _build_values(site: SlurmSite, nodes: int, *, stage: bool) -> dict[str, str]
     return {
         "nodes": str(nodes + (1 if site.head else 0)),
         "cpus": str(smallest.cpus_per_node),
+        "memory_gb": f"{smallest.memory_gb_per_node:g}",
+        "gpus": str(smallest.gpus_per_node),
+        "gpu_memory_gb": f"{smallest.gpu_memory_gb:g}",
         # Ray does not count the object store as part of --memory.
         "memory": str(max(_MIN_OBJECT_STORE_BYTES, memory - objects)),
         "objects": str(objects),
@@ -293,6 +314,29 @@ def _build_path_lines(site: SlurmSite, script: ScriptContext) -> list[str]:
     return [f"export PATH={shlex.quote(script.programs)}:$PATH"]
 
 
+def _name_lines(lines: list[str]) -> list[tuple[str, str]]:
+    """Return each set-up line and its quoted text, with which the script names a line that fails.
+
+    The texts are empty if the lines may belong together, as those of an `if`: nothing can be
+    inserted between them then.
+    """
+    are_single = not any(
+        _PART_OF_A_COMMAND.search(line) or line.count("'") % 2 or line.count('"') % 2
+        for line in lines
+    )
+    return [(line, shlex.quote(line.strip()) if are_single else "") for line in lines]
+
+
+_PART_OF_A_COMMAND = re.compile(
+    r"(\\|&&|\|\|?|[({]|\b(then|do|in|else))\s*$"
+    r"|^\s*(if|then|elif|else|fi|for|while|until|do|done|case|esac|select|function|[})])(\s|;|$)"
+    r"|<<|\(\)\s*\{"
+)
+"""A line of bash that may need the next or the previous one: a keyword, an open bracket, a
+connective, a continuation or a here-document.
+"""
+
+
 def _build_step_command(site: SlurmSite, script: ScriptContext) -> list[str]:
     """Return the srun command of a step with one task per node, which overlaps other steps."""
     # Without --overlap a step waits until the step of Ray ends. Without --mpi=none libraries find
@@ -347,6 +391,7 @@ def _build_lead_command(site: SlurmSite, script: ScriptContext) -> list[str]:
         "--mpi=none",
         "--nodes=1",
         "--ntasks=1",
+        "--job-name=lf-driver",
         *group,
         *pyxis,
     ]
@@ -381,6 +426,8 @@ def build_submit_command(
         array: Value of `--array`; None for a single job.
     """
     command = ["sbatch", "--parsable", "--export=ALL", f"--job-name={name}", f"--chdir={run}"]
+    # For administrators, who see it in squeue, scontrol and sacct.
+    command += [f"--comment=lorafleet {name}"]
     log = "slurm/%A_%a.out" if array else "slurm/%j.out"
     command += [f"--output={log}", f"--error={log}"]
     if array:

@@ -156,10 +156,11 @@ def describe_last_end(history: list[StartRecord], allocation: Allocation) -> str
     if not earlier_lines:
         return None
     last = earlier_lines[-1]
-    if last.job != allocation.job and last.event not in (*_END_REASONS, "began"):
+    is_cut_off = last.event in (*_END_REASONS, "began") or bool(last.reason)
+    if last.job != allocation.job and not is_cut_off:
         return None  # an earlier submission that ended normally
     # The history of a start that was killed ends with `began`.
-    reason = _END_REASONS.get(last.event, _CUT_OFF_REASON)
+    reason = last.reason or _END_REASONS.get(last.event, _CUT_OFF_REASON)
     if last.job == allocation.job:
         return f"Slurm started job {last.job} again (restart {allocation.restart}): {reason}"
     return f"job {allocation.job} continues after job {last.job}: {reason}"

@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorafleet.cluster.execution.allocation import read_starts
-from lorafleet.cluster.hardware import find_gpus
+from lorafleet.cluster.hardware import count_cpus, find_gpus, get_total_memory_gib
 from lorafleet.jobs import files
 from lorafleet.jobs.data.hub import get_converted_folder
 from lorafleet.jobs.data.inputs import resolve_inputs
@@ -65,6 +65,10 @@ class NodeReport(BaseModel):
     """Version of the GPU driver; empty without GPUs."""
     gpus: int = 0
     gpu_memory_gib: float = 0.0
+    cpus: int | None = None
+    """CPU cores that the job has there; None in reports of earlier versions."""
+    memory_gib: float | None = None
+    """Memory of the machine; None in reports of earlier versions."""
     busy: list[int] = []
     """Ports that something listens on."""
     versions: dict[str, str] = {}
@@ -73,6 +77,18 @@ class NodeReport(BaseModel):
     def get_version(self, name: str) -> str:
         """Return the version of a package, or `unknown`."""
         return self.versions.get(name, "unknown")
+
+
+class NodePromise(BaseModel):
+    """What the site file says of every node that runs trials."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cpus: int = 0
+    memory_gb: float = 0.0
+    gpus: int = 0
+    gpu_memory_gb: float = 0.0
+    """Memory of one GPU; 0 if the site file does not say."""
 
 
 def inspect_node(
@@ -111,6 +127,9 @@ def inspect_node(
         driver=gpus.driver,
         gpus=gpus.count,
         gpu_memory_gib=round(gpus.memory_gib, 1),
+        # Slurm's own number: without a plugin for it, a task may use all cores of the machine.
+        cpus=max(count_cpus(), int(os.environ.get("SLURM_CPUS_ON_NODE") or 0)),
+        memory_gib=get_total_memory_gib(),
         busy=find_busy_ports(),
         versions=collect_versions(),
     )
@@ -218,6 +237,56 @@ def find_disagreements(
     return messages
 
 
+def find_broken_promises(
+    reports: list[NodeReport], promise: NodePromise, *, head_works: bool
+) -> list[str]:
+    """Return a message for everything that the site file promises and a node does not have. Pure.
+
+    Args:
+        reports: Reports of all nodes.
+        promise: What the site file says of a node that runs trials.
+        head_works: False if the node with the lowest number is a head of its own, which runs none.
+    """
+    ordered = sorted(reports, key=lambda report: report.number)
+    messages = []
+    for report in ordered if head_works else ordered[1:]:
+        messages += _compare_with_promise(report, promise)
+    return messages
+
+
+def _compare_with_promise(report: NodeReport, promise: NodePromise) -> list[str]:
+    messages = []
+    if report.gpus < promise.gpus:
+        found = f"only {format_count(report.gpus, 'GPU')}"
+        if not report.gpus:
+            found = "no GPU (nvidia-smi is missing there, fails, or lists none)"
+        messages.append(
+            f"{report.node} has {found}, but gpus_per_node of the site file is {promise.gpus}"
+        )
+    elif promise.gpus and report.gpu_memory_gib < _TOLERANCE * promise.gpu_memory_gb * _GB_GIB:
+        messages.append(
+            f"{report.node} has GPUs of {report.gpu_memory_gib / _GB_GIB:.0f} GB, but "
+            f"gpu_memory_gb of the site file is {promise.gpu_memory_gb:g}"
+        )
+    if report.cpus is not None and report.cpus < promise.cpus:
+        messages.append(
+            f"{report.node} has {format_count(report.cpus, 'CPU core')}, but cpus_per_node of the "
+            f"site file is {promise.cpus}"
+        )
+    memory_gib = _TOLERANCE * promise.memory_gb * _GB_GIB
+    if report.memory_gib is not None and report.memory_gib < memory_gib:
+        messages.append(
+            f"{report.node} has {report.memory_gib / _GB_GIB:.0f} GB of memory, but "
+            f"memory_gb_per_node of the site file is {promise.memory_gb:g}"
+        )
+    return messages
+
+
+_GB_GIB = 1e9 / 2**30
+_TOLERANCE = 0.95
+"""Share of a promised size that counts as kept: firmware and drivers reserve some memory."""
+
+
 def _compare_versions(reports: list[NodeReport]) -> list[str]:
     """Return a message for each package whose version differs from the first node's."""
     first = reports[0]
@@ -312,14 +381,22 @@ def check_starts(run: Path) -> None:
 
 
 def resolve_ray_address(
-    run: Path, reports: Path, nonce: str, nodes: int, cpus: int, job: int
+    run: Path,
+    reports: Path,
+    nonce: str,
+    nodes: int,
+    promise: NodePromise,
+    job: int,
+    *,
+    head_works: bool,
 ) -> str:
     """Return `ADDRESS FIRST_PORT LAST_PORT` of the job's Ray if all nodes agree.
 
     The first call records the environment of the run.
 
     Raises:
-        PlacementRefused: The nodes disagree; the message names the node.
+        PlacementRefused: The nodes disagree, or do not have what the site file promises; the
+            message names the node.
     """
     if "SLURM_ARRAY_TASK_ID" not in os.environ:  # an array task's attempts are in its own folder
         check_starts(run)
@@ -327,6 +404,7 @@ def resolve_ray_address(
     environment_file = run / "environment.json"
     pinned = files.read_json(environment_file)
     problems = find_disagreements(node_reports, nonce, nodes, pinned, str(run))
+    problems = problems or find_broken_promises(node_reports, promise, head_works=head_works)
     if problems:
         raise PlacementRefused("; ".join(problems))
     first = min(node_reports, key=lambda report: report.number)
@@ -334,7 +412,7 @@ def resolve_ray_address(
     if not pinned:
         files.write_json(environment_file, {name: first.get_version(name) for name in PINNED})
     busy = sorted({port for report in node_reports for port in report.busy})
-    first_port, last_port = choose_ports(busy, cpus, job)
+    first_port, last_port = choose_ports(busy, promise.cpus, job)
     return f"{first.address} {first_port} {last_port}"
 
 

@@ -8,9 +8,12 @@ uploads later.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +27,7 @@ from lorafleet.evaluation.render.trial_table import (
 from lorafleet.jobs.runs.events import TrackingFailedEvent
 from lorafleet.jobs.runs.lease import StaleAttempt
 from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.runs.stale_folders import PREFIX, write_owner
 from lorafleet.jobs.schema.job import JobSpec
 
 if TYPE_CHECKING:
@@ -71,8 +75,7 @@ def track_report(run: Run, job: JobSpec, report: Report, name: str = "report") -
 
 
 def _log_report(run: Run, job: JobSpec, report: Report, mode: Mode, name: str) -> None:
-    import wandb
-
+    wandb = _import_wandb()
     for folder in find_wandb_folders(run).get(f"{run.id}-{name}", ()):
         shutil.rmtree(folder, ignore_errors=True)
     wandb_run = open_wandb(run, job, mode, f"{run.id}-{name}", name, job_type=name, config={})
@@ -221,6 +224,26 @@ def _is_logged_in(job: JobSpec) -> bool:
         return False
 
 
+def _import_wandb() -> Any:
+    """Import W&B's client with a temporary folder that the next command removes after a kill.
+
+    The client creates folders when it is imported, which a killed process leaves behind.
+    """
+    if "wandb" not in sys.modules:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        write_owner(folder)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        previous, tempfile.tempdir = tempfile.tempdir, str(folder)
+        try:
+            import wandb.sdk.artifacts.artifact
+            import wandb.sdk.data_types._private
+        finally:
+            tempfile.tempdir = previous
+    import wandb
+
+    return wandb
+
+
 def find_wandb_folders(run: Run) -> dict[str, list[Path]]:
     """Return the folders that W&B has written for a run, by the id of the W&B run."""
     folders: dict[str, list[Path]] = {}
@@ -257,8 +280,7 @@ def open_wandb(
     Raises:
         StaleAttempt: Another driver has taken over the run.
     """
-    import wandb
-
+    wandb = _import_wandb()
     run.check_current()
     folder = run.path / "wandb"
     folder.mkdir(exist_ok=True)

@@ -103,8 +103,10 @@ class StartRecord(Record):
     restart: int
     """Number of times that Slurm had started the job before."""
     event: str
-    """`began`, `ended`, or why the job requeued itself."""
+    """`began`, `ended`, or why the job requeued itself; `settled`: Slurm told how it ended."""
     submission: str | None = None
+    reason: str = ""
+    """Of `settled`: how the job ended, with the job as `it`."""
 
 
 class FailureRecord(Record):

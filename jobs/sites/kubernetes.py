@@ -45,10 +45,16 @@ class Toleration(Spec):
     """Value of the taint, for `Equal`."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Effect of the taint. Default: every effect."""
+    toleration_seconds: int | None = Field(None, ge=0, le=86400)
+    """Seconds after which a pod leaves a node that gets the taint. Only with effect NoExecute.
+    Default: never.
+    """
 
     @model_validator(mode="after")
     def _check_operator(self) -> Toleration:
-        """Check that operator, key and value fit together."""
+        """Check that operator, key, value and effect fit together."""
+        if self.toleration_seconds is not None and self.effect != "NoExecute":
+            raise ValueError("toleration_seconds needs effect NoExecute")
         if self.operator == "Exists" and self.value is not None:
             raise ValueError(
                 f"operator Exists takes no value, but value is {self.value}: use operator Equal"
@@ -59,13 +65,17 @@ class Toleration(Spec):
             raise ValueError(f"value is {self.value}, but there is no key")
         return self
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, str | int]:
         """Return the toleration as Kubernetes takes it.
 
         The operator is always written: Kubernetes' default is Equal, which without a value
         would match only an empty one.
         """
-        values = self.model_dump(exclude_none=True)
+        values: dict[str, str | int] = self.model_dump(
+            exclude_none=True, exclude={"toleration_seconds"}
+        )
+        if self.toleration_seconds is not None:
+            values["tolerationSeconds"] = self.toleration_seconds
         return values | {"operator": self.operator or ("Exists" if self.value is None else "Equal")}
 
 
@@ -218,6 +228,10 @@ class Deadlines(Spec):
     """Number of new clusters after a failure; each continues the run. Default: 2."""
     save_seconds: int = Field(120, ge=30, le=3600)
     """Seconds that pods have to save when they are deleted or preempted. Default: 120."""
+    lost_node_seconds: int = Field(45, ge=0, le=240)
+    """Seconds that pods stay on a node that does not answer. KubeRay gives a job up when its head
+    has not answered for 300 seconds; Kubernetes' own default for this is 300, too. Default: 45.
+    """
 
 
 class Retention(Spec):

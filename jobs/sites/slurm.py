@@ -150,6 +150,11 @@ class SlurmSite(Spec):
     """CPU cores that a job gets on each node."""
     memory_gb_per_node: float = Field(gt=0)
     """Memory that a job gets on each node, in GB."""
+    memory_request: Literal["mem", "mem-per-cpu", "mem-per-gpu", "all", "none"] = "mem"
+    """Option with which this cluster wants memory to be requested: `--mem`, `--mem-per-cpu` or
+    `--mem-per-gpu`, computed from memory_gb_per_node; `all`: `--mem=0`, all memory of a node;
+    `none`: no option, where the cluster derives memory from cores or GPUs.
+    """
     gpus_per_node: int = Field(0, ge=0, le=64)
     """GPUs that a job gets on each node; 0 for CPU nodes."""
     gpu_memory_gb: float = Field(0.0, ge=0)
@@ -319,6 +324,9 @@ class SlurmSite(Spec):
     @model_validator(mode="after")
     def _check_consistency(self) -> SlurmSite:
         problems = []
+        if self.memory_request == "mem-per-gpu" and not self.smallest_node.gpus_per_node:
+            sentence = "memory_request is mem-per-gpu, but gpus_per_node is 0: use mem"
+            problems.append(Problem("memory_request", sentence))
         if self.nodes and self.max_nodes and self.nodes > self.max_nodes:
             sentence = f"nodes is {self.nodes}, but must not exceed max_nodes = {self.max_nodes}"
             problems.append(Problem("nodes", sentence))

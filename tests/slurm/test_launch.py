@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -127,6 +128,47 @@ def test_ray_that_does_not_start(login: Login, bert_job: JobMaker) -> None:
     assert login.left_behind() == []
 
 
+@pytest.mark.parametrize(
+    ("lines", "code", "sentence"),
+    [
+        (
+            ["source /nowhere/bin/activate"],
+            70,
+            "the setup line `source /nowhere/bin/activate` failed with code 1: ",
+        ),
+        (
+            ["echo 'no such module: cuda/99' >&2; exit 3"],
+            3,
+            "; exit 3` ended the job with code 3: no such module: cuda/99",
+        ),
+    ],
+)
+def test_a_setup_line_that_fails_is_named(
+    login: Login, bert_job: JobMaker, lines: list[str], code: int, sentence: str
+) -> None:
+    login.write_site(setup=lines)
+    run = login.submit(bert_job(SEARCH))
+    record = login.ended(run, 60)
+    assert (record.state, record.exit_code) == ("FAILED", code)
+    said = " ".join(login.lorafleet("status", run.id).stdout.split())
+    assert sentence in said
+    assert login.left_behind() == []
+
+
+def test_a_promised_gpu_that_is_not_there_ends_the_job(login: Login, bert_job: JobMaker) -> None:
+    """Slurm gives the job a GPU, and the node shows none."""
+    login.write_site(gpus_per_node=1)
+    run = login.submit(bert_job(SEARCH, resources__device="cpu"))
+    record = login.ended(run, 60)
+    assert (record.state, record.exit_code) == ("FAILED", 70)
+    said = " ".join(login.lorafleet("status", run.id).stdout.split())
+    assert "node1 has no GPU (nvidia-smi is missing there, fails, or lists none), but" in said
+    assert run.list_trials() == []
+    done = login.lorafleet("doctor", "--on", "rig", check=False)
+    assert done.returncode != 0
+    assert "node1 has no GPU" in " ".join((done.stdout + done.stderr).split())
+
+
 def test_nodes_that_differ(login: Login, bert_job: JobMaker) -> None:
     """One node has another torch: one sentence names it, before Ray is started."""
     change = """sed -e 's/"torch":"/"torch":"9/'"""
@@ -186,7 +228,10 @@ def test_what_is_not_in_the_cache_is_not_submitted(login: Login, bert_job: JobMa
 @pytest.mark.long
 def test_a_head_of_its_own(login: Login, bert_job: JobMaker) -> None:
     """A heterogeneous job: the driver and Ray's head on one machine, every trial on the other."""
-    login.write_site(nodes=1, head={"cpus": 1, "memory_gb": 2}, gpus_per_node=1)
+    # The rig's GPUs are device files without a driver: a program stands in for its tool.
+    login.wrap("nvidia-smi", "echo 'Stand-in, 81559, 580.1'")
+    setup = [f"export PATH={login.home / 'bin'}:{Path(sys.executable).parent}:$PATH"]
+    login.write_site(nodes=1, head={"cpus": 1, "memory_gb": 2}, gpus_per_node=1, setup=setup)
     run = login.submit(bert_job(SEARCH, resources__device="cpu"))
     assert login.ended(run).state == "COMPLETED"
     assert hosts(run) == {"node2"}

@@ -185,13 +185,16 @@ def test_cancelled_and_resumed(login: Login, bert_job: JobMaker) -> None:
     login.rig.asked("scancel", login.job(run))
     assert login.ended(run).state == "CANCELLED"
     said = login.lorafleet("status", run.id).stdout
-    assert "stopped: job" in said or "stopped: the run was killed" in said
+    assert f"stopped: job {login.job(run)} was cancelled" in said
     assert login.left_behind() == []
     before |= record_of_ended(run)
+    cancelled = login.job(run)
     done = login.lorafleet("resume", run.id, "--wait")
     assert re.search(r"^(Ship |Do not ship)", done.stdout, re.MULTILINE), done.stdout
     check_whole(run, before)
     check_wandb(run)
+    (remark,) = [text for text in run.list_remarks() if "continues after" in text]
+    assert remark.endswith(f"continues after job {cancelled}: it was cancelled")
 
 
 @pytest.mark.long

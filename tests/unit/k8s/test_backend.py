@@ -68,6 +68,7 @@ def written(folder: Path, text: str) -> Path:
         ("tolerations: [{key: gpu, operator: Exists, value: x}]", "operator Exists takes no value"),
         ("tolerations: [{key: gpu, operator: Equal}]", "operator Equal needs a value"),
         ("tolerations: [{value: x}]", "there is no key"),
+        ("tolerations: [{key: x, toleration_seconds: 9}]", "needs effect NoExecute"),
         (
             "patch: {spec: {x: [{name: API_TOKEN, value: abc}]}}",
             "patch sets API_TOKEN, which may hold a secret",
@@ -84,12 +85,34 @@ def test_what_a_site_cannot_say(line: str, said: str, tmp_path: Path) -> None:
 
 
 def test_tolerations_as_kubernetes_wants_them() -> None:
-    told = [{"key": "gpu"}, {"key": "pool", "value": "ml", "effect": "NoSchedule"}, {}]
+    told = [
+        {"key": "gpu"},
+        {"key": "pool", "value": "ml", "effect": "NoSchedule"},
+        {"key": "spot", "effect": "NoExecute", "toleration_seconds": 9},
+        {},
+    ]
     assert [Toleration.model_validate(one).to_dict() for one in told] == [
         {"key": "gpu", "operator": "Exists"},
         {"key": "pool", "value": "ml", "effect": "NoSchedule", "operator": "Equal"},
+        {"key": "spot", "effect": "NoExecute", "operator": "Exists", "tolerationSeconds": 9},
         {"operator": "Exists"},
     ]
+
+
+def test_pods_leave_a_lost_node_before_kuberay_gives_up() -> None:
+    own = [
+        {"key": "node.kubernetes.io/unreachable", "effect": "NoExecute", "toleration_seconds": 9}
+    ]
+    job = render(bare(deadlines={"lost_node_seconds": 30}, tolerations=own), ORDER)[-1]
+    head = get(job, "spec.rayClusterSpec.headGroupSpec.template.spec.tolerations")
+    (group,) = get(job, "spec.rayClusterSpec.workerGroupSpecs")
+    worker = get(group, "template.spec.tolerations")
+
+    def seconds(tolerations: list[dict[str, Any]]) -> dict[str, int]:
+        return {one["key"].partition("/")[2]: one["tolerationSeconds"] for one in tolerations}
+
+    assert seconds(head) == {"not-ready": 30, "unreachable": 30}
+    assert seconds(worker) == {"not-ready": 30, "unreachable": 9}
 
 
 def test_a_volume_of_one_node_holds_the_worker_to_the_heads() -> None:
@@ -191,6 +214,8 @@ def test_the_role_has_what_the_doctor_asks_for() -> None:
         (group, f"{resource}/{subresource}" if subresource else resource): set(verbs)
         for resource, group, subresource, verbs, _ in RIGHTS
     }
+    # What the documented `kubectl apply --server-side` needs beyond lorafleet itself.
+    asked["ray.io", "rayjobs"].add("patch")
     assert written == asked | {("", "persistentvolumeclaims"): {"get"}}
     assert not any("secrets" in resource for _, resource in written)
 

@@ -5,6 +5,7 @@ file.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +16,7 @@ from lorafleet.jobs.errors import JobFileError, PlacementRefused, UserError
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.loading.site_file import load_site
 from lorafleet.jobs.runs.run import Run, RunState
+from lorafleet.jobs.sites.slurm import SlurmSite
 from lorafleet.slurm import client
 from lorafleet.slurm.accounting import JobRecord, parse_sacct, parse_squeue
 from lorafleet.slurm.backend import SlurmBackend, compute_exit_code, derive_status
@@ -182,6 +184,33 @@ def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, squeue=down, sacct=down, scontrol=down)
     with pytest.raises(client.SlurmError, match="did not answer within 20 s"):
         client.find_job("9")
+
+
+@pytest.mark.parametrize(
+    ("partition", "limit", "problem"),
+    [
+        ("a", "2:00:00", None),
+        ("a", "2-00:00:00", "partition a allows only 1-00:00:00: the job would never start"),
+        ("a,b", "2-00:00:00", None),  # it starts in b
+        (
+            "a,c",
+            "2-00:00:00",
+            "partition a allows only 1-00:00:00 and partition c allows only 30:00: the job",
+        ),
+        ("a,unknown", "2-00:00:00", None),
+    ],
+)
+def test_a_time_limit_is_compared_with_each_partition(
+    partition: str, limit: str, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"a": "1-00:00:00", "b": "UNLIMITED", "c": "30:00"}
+    monkeypatch.setattr(
+        client, "get_partition_limit", lambda name: (name, limits[name]) if name in limits else None
+    )
+    values = {"cpus_per_node": 4, "memory_gb_per_node": 8, "name": "x"}
+    site = SlurmSite.model_validate(values | {"partition": partition, "time_limit": limit})
+    found = SlurmBackend(site)._check_time_limit(cast(Any, None))
+    assert (found is None) if problem is None else (problem in (found or ""))
 
 
 def test_commands_that_are_not_there_or_hang(

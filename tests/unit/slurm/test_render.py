@@ -194,6 +194,28 @@ def test_paths_of_nodes_are_expanded_there_and_nothing_else() -> None:
         assert done.stdout == expected
 
 
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("mem", "--mem=15258M"),
+        ("mem-per-cpu", "--mem-per-cpu=3814M"),
+        ("mem-per-gpu", "--mem-per-gpu=7629M"),
+        ("all", "--mem=0"),
+        ("none", None),
+    ],
+)
+def test_the_forms_in_which_memory_is_requested(form: str, expected: str | None) -> None:
+    values = {"cpus_per_node": 4, "memory_gb_per_node": 16, "gpus_per_node": 2}
+    site = SlurmSite.model_validate(BARE | values | {"memory_request": form})
+    found = [option for option in _plain_options(site) if option.startswith("--mem")]
+    assert found == ([] if expected is None else [expected])
+
+
+def test_memory_for_each_gpu_needs_gpus() -> None:
+    with pytest.raises(ValueError, match="memory_request is mem-per-gpu, but gpus_per_node is 0"):
+        SlurmSite.model_validate(BARE | {"memory_request": "mem-per-gpu"})
+
+
 def test_the_forms_in_which_gpus_are_asked_for() -> None:
     for form, expected in (
         ("gpus-per-node", "--gpus-per-node=a100:4"),

@@ -21,11 +21,13 @@ from lorafleet.cluster.execution.allocation import (
 )
 from lorafleet.cluster.execution.node import (
     PINNED,
+    NodePromise,
     NodeReport,
     check_starts,
     choose_ports,
     collect_versions,
     count_starts_without_driver,
+    find_broken_promises,
     find_busy_ports,
     find_disagreements,
     read_reports,
@@ -92,6 +94,54 @@ def test_a_head_without_gpus_has_no_driver_to_compare() -> None:
         )
         == []
     )
+
+
+PROMISE = NodePromise(cpus=16, memory_gb=128, gpus=4, gpu_memory_gb=80)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({}, None),
+        (
+            {"gpus": 0, "gpu_memory_gib": 0.0, "driver": ""},
+            "node2 has no GPU (nvidia-smi is missing there, fails, or lists none), but gpus_per_node "
+            "of the site file is 4",
+        ),
+        ({"gpus": 3}, "node2 has only 3 GPUs, but gpus_per_node of the site file is 4"),
+        ({"gpus": 8}, None),
+        (
+            {"gpu_memory_gib": 39.6},
+            "node2 has GPUs of 43 GB, but gpu_memory_gb of the site file is 80",
+        ),
+        ({"cpus": 8}, "node2 has 8 CPU cores, but cpus_per_node of the site file is 16"),
+        (
+            {"memory_gib": 60.0},
+            "node2 has 64 GB of memory, but memory_gb_per_node of the site file is 128",
+        ),
+        ({"memory_gib": 118.0}, None),  # of 128 GB (119.2 GiB), the kernel has taken some
+        ({"cpus": None, "memory_gib": None}, None),
+    ],
+)
+def test_what_the_site_file_promises_must_be_there(
+    changed: dict[str, Any], sentence: str | None
+) -> None:
+    whole = {"cpus": 16, "memory_gib": 125.0}
+    reports = [report(1, **(whole | changed)), report(0, **whole)]
+    found = find_broken_promises(reports, PROMISE, head_works=True)
+    assert found == ([] if sentence is None else [sentence])
+
+
+def test_a_head_of_its_own_has_other_promises() -> None:
+    head = report(0, gpus=0, gpu_memory_gib=0.0, cpus=2, memory_gib=8.0)
+    reports = [head, report(1, cpus=16, memory_gib=125.0)]
+    assert find_broken_promises(reports, PROMISE, head_works=False) == []
+    assert len(find_broken_promises(reports, PROMISE, head_works=True)) == 3
+
+
+def test_a_site_file_without_the_memory_of_gpus_promises_none() -> None:
+    promise = PROMISE.model_copy(update={"gpu_memory_gb": 0.0})
+    assert find_broken_promises([report(0, gpu_memory_gib=8.0)], promise, head_works=True) == []
 
 
 def test_the_environment_that_began_a_run_is_held_to() -> None:
@@ -190,6 +240,10 @@ def line(job: str, restart: int, event: str, submission: str | None = None) -> S
     return StartRecord(job=job, restart=restart, event=event, submission=submission)
 
 
+def settled(job: str, reason: str) -> StartRecord:
+    return StartRecord(job=job, restart=0, event="settled", reason=reason)
+
+
 @pytest.mark.parametrize(
     ("history", "sentence"),
     [
@@ -200,6 +254,8 @@ def line(job: str, restart: int, event: str, submission: str | None = None) -> S
         ([line("5", 0, "began"), line("5", 0, "preemption"), line("7", 0, "began")],
          "job 7 continues after job 5: it was preempted, after saving"),
         ([line("5", 0, "began"), line("5", 0, "ended"), line("7", 0, "began")], None),
+        ([line("5", 0, "began"), line("5", 0, "cut-off"), settled("5", "it was cancelled"), line("7", 0, "began")],
+         "job 7 continues after job 5: it was cancelled"),
     ],
 )  # fmt: skip
 def test_how_the_incarnation_before_ended(history: list[StartRecord], sentence: str | None) -> None:

@@ -72,7 +72,10 @@ def find_gpus() -> Gpus:
         if visible is None
         else len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
     )
-    return Gpus(min(count, len(rows)), rows[0][0], min(memory, default=0.0), rows[0][2])
+    # Several MIG instances of one GPU are one row.
+    if visible is None or "MIG-" not in visible:
+        count = min(count, len(rows))
+    return Gpus(count, rows[0][0], min(memory, default=0.0), rows[0][2])
 
 
 def _query_gpus() -> list[list[str]]:

@@ -53,12 +53,11 @@ def execute(
         confirm_trust(selected_run, "exec", trust=trust)
     try:
         restart = _fork_supervised(selected_run) if job is None else None
-        driver = _create_driver(selected_run, restart)
-        code = driver.execute()
-        if code == RESTART_STATUS or driver.has_stuck_thread:
-            # Without the usual clean-up: this process may have lost its GPU, or would wait for W&B.
+        code = _create_driver(selected_run, restart).execute()
+        if code == RESTART_STATUS:
+            # Without the usual clean-up: this process may have lost its GPU.
             sys.stderr.flush()
-            os._exit(code if job is None else _convert_exit_code(selected_run, code))
+            os._exit(code)
     # In a Slurm job this is normal: the queue may start a job again while its first start is alive.
     # The code tells the batch script that the run is not over.
     except HasDriver as error:

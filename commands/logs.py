@@ -42,7 +42,7 @@ def logs(
     refreshed_at = time.monotonic()
     # Asked before the first print: lines that are written in between are printed in the next round.
     is_live = follow and _is_live(backend, selected_run)
-    has_lines = False
+    has_lines = trial is not None
     while True:
         for line in _read_new_lines(_list_log_files(selected_run, trial), offsets):
             has_lines = True
@@ -67,7 +67,11 @@ _REFRESH_SECONDS = 5.0
 
 def _explain_empty_log(backend: RunBackend, run: Run) -> None:
     """Print why a run has no log: for example because it waits in a queue."""
+    from lorafleet.jobs.runs.run import RunState
+
     status = backend.status(run)
+    if status.state not in (RunState.PENDING, RunState.RUNNING):
+        return
     message = f": {status.message}" if status.message else ""
     print_message(f"{run.id} has no log yet. It is {status.state}{message}")
 

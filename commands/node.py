@@ -47,17 +47,19 @@ def agree(
     memory_gb: Annotated[float, typer.Option()] = 0.0,
     gpus: Annotated[int, typer.Option()] = 0,
     gpu_memory_gb: Annotated[float, typer.Option()] = 0.0,
-    separate_head: Annotated[bool, typer.Option("--separate-head")] = False,
 ) -> None:
     """Print the address and ports of the job's Ray if all nodes agree.
 
-    They must have what the site file says: CPU cores, memory and GPUs.
+    They must have what the site file says: CPU cores, memory and GPUs. LF_HEAD_WORKS tells whether
+    the head runs trials, too.
     """
+    import os
+
     from lorafleet.cluster.execution.node import NodePromise
     from lorafleet.cluster.execution.node import resolve_ray_address as agree_on
 
     promise = NodePromise(cpus=cpus, memory_gb=memory_gb, gpus=gpus, gpu_memory_gb=gpu_memory_gb)
-    head_works = not separate_head
+    head_works = os.environ.get("LF_HEAD_WORKS") != "0"
     typer.echo(agree_on(run, reports, nonce, nodes, promise, job, head_works=head_works))
 
 

@@ -197,6 +197,8 @@ def _print_news(run: Run, watch: Watch, shown_lines: set[str]) -> int:
         if code is None and watch.status.message not in ("", last_message):
             last_message = watch.status.message
             print_text(last_message)
+        if code is not None:
+            followed = FollowedRun(run)  # a killed driver has not told what changed last
         if code is not None or pace.is_due():
             with pace.measure():
                 for line in iterate_news(followed, shown_lines):

@@ -565,7 +565,8 @@ def _list_tolerations(
         Toleration(key=key, effect="NoExecute", toleration_seconds=site.deadlines.lost_node_seconds)
         for key in _LOST_NODE_TAINTS
     )
-    named = {toleration.key for toleration in tolerations}
+    # Another effect is another taint.
+    named = {one.key for one in tolerations if one.effect in ("NoExecute", None)}
     own = [toleration for toleration in lost if toleration.key not in named]
     return [toleration.to_dict() for toleration in (*tolerations, *own)]
 

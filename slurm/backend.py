@@ -152,6 +152,7 @@ class SlurmBackend:
             exports=_build_exports() | (_build_container_exports() if self.site.container else {}),
             folders=tuple(dict.fromkeys((str(get_cache_dir()), str(get_hub_cache())))),
             version=_get_version(),
+            names_setup=_are_single_commands(self.site.setup),
             stage=stage,
         )
         return render(self.site, script, self._read_template())
@@ -334,6 +335,9 @@ class SlurmBackend:
         if not starts or starts[-1].event not in ("began", "cut-off"):
             return
         last = starts[-1]
+        # It becomes an argument of Slurm's commands, and the folder may come from somebody else.
+        if not re.fullmatch(r"[0-9_]+", last.job):
+            return
         with contextlib.suppress(client.SlurmError):
             record = client.find_job(last.job)
             if record is not None and get_job_state(record.state).run is RunState.STOPPED:
@@ -580,9 +584,11 @@ def _describe_record(record: JobRecord) -> str:
 
 def _read_setup_problem(run: Run, job: str) -> str:
     """Return which set-up line of a job failed, and its last words; empty if none did."""
+    number = re.match(r"[0-9]+", job)  # a component of a heterogeneous job is 12+0
     try:
-        text = (run.path / _FOLDER / f"problem-{job}").read_text(errors="replace")
-    except OSError:
+        path = run.path / _FOLDER / f"problem-{number[0] if number else job}"
+        text = files.read_regular_text(path)
+    except (OSError, UnicodeDecodeError):
         return ""
     return make_printable(" ".join(text.split()))[:400]
 
@@ -716,6 +722,18 @@ def _check_fetched(loaded: LoadedJob) -> None:
             f"{error} (a cluster's nodes download nothing: run `lorafleet fetch {loaded.path} --on "
             "SITE`)"
         ) from error
+
+
+def _are_single_commands(lines: tuple[str, ...]) -> bool:
+    """Return whether each line of bash is complete without the others."""
+    for line in lines:
+        process = subprocess.run(
+            ["bash", "-n"], input=f"{line}\n", capture_output=True, text=True, check=False
+        )
+        # A here-document without its end is only a warning.
+        if process.returncode or process.stderr or line.rstrip().endswith("\\"):
+            return False
+    return True
 
 
 def _check_syntax(texts: dict[str, str]) -> list[tuple[str, str]]:

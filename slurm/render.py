@@ -50,6 +50,10 @@ class ScriptContext:
     """Folders that must be visible inside a container."""
     version: str = ""
     """Version of lorafleet."""
+    names_setup: bool = False
+    """Name the set-up line that fails. Only if each of the lines is a command of its own: others
+    must not be separated.
+    """
     stage: bool = True
     """Copy models to the nodes' own disks, if the site sets `scratch_dir`."""
 
@@ -72,7 +76,7 @@ def render(
         "site": site.model_dump(mode="json"),
         "options": build_options(site, script.nodes),
         "setup": setup,
-        "named_setup": _name_lines(setup),
+        "setup_texts": [shlex.quote(line.strip()) for line in setup] if script.names_setup else [],
         "values": _build_values(site, script.nodes, stage=script.stage),
         "exports": {
             name: shlex.quote(value) for name, value in _build_exports(site, script).items()
@@ -177,6 +181,8 @@ def build_options(site: SlurmSite, nodes: int) -> list[str]:
         for name in ("partition", "constraint")
         if (value := getattr(site, name))
     ]
+    # For administrators, in squeue and scontrol. The site's own lines come later, and win.
+    common.append("--comment=lorafleet")
     extra = [line.strip() for line in site.extra_sbatch]
     # The loss of a worker node must not end the job: its trials are restarted on the other nodes.
     no_kill = ["--no-kill"] if nodes > 1 and not site.head else []
@@ -314,29 +320,6 @@ def _build_path_lines(site: SlurmSite, script: ScriptContext) -> list[str]:
     return [f"export PATH={shlex.quote(script.programs)}:$PATH"]
 
 
-def _name_lines(lines: list[str]) -> list[tuple[str, str]]:
-    """Return each set-up line and its quoted text, with which the script names a line that fails.
-
-    The texts are empty if the lines may belong together, as those of an `if`: nothing can be
-    inserted between them then.
-    """
-    are_single = not any(
-        _PART_OF_A_COMMAND.search(line) or line.count("'") % 2 or line.count('"') % 2
-        for line in lines
-    )
-    return [(line, shlex.quote(line.strip()) if are_single else "") for line in lines]
-
-
-_PART_OF_A_COMMAND = re.compile(
-    r"(\\|&&|\|\|?|[({]|\b(then|do|in|else))\s*$"
-    r"|^\s*(if|then|elif|else|fi|for|while|until|do|done|case|esac|select|function|[})])(\s|;|$)"
-    r"|<<|\(\)\s*\{"
-)
-"""A line of bash that may need the next or the previous one: a keyword, an open bracket, a
-connective, a continuation or a here-document.
-"""
-
-
 def _build_step_command(site: SlurmSite, script: ScriptContext) -> list[str]:
     """Return the srun command of a step with one task per node, which overlaps other steps."""
     # Without --overlap a step waits until the step of Ray ends. Without --mpi=none libraries find
@@ -426,8 +409,6 @@ def build_submit_command(
         array: Value of `--array`; None for a single job.
     """
     command = ["sbatch", "--parsable", "--export=ALL", f"--job-name={name}", f"--chdir={run}"]
-    # For administrators, who see it in squeue, scontrol and sacct.
-    command += [f"--comment=lorafleet {name}"]
     log = "slurm/%A_%a.out" if array else "slurm/%j.out"
     command += [f"--output={log}", f"--error={log}"]
     if array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from lorafleet.jobs import files
@@ -53,7 +54,7 @@ def merge_tasks(run: Run, metadata: AttemptRecord, say: Callable[[str], None]) -
         )
         # The tasks run side by side, so the longest counts and not their sum.
         seconds = max(seconds, float(part.read_status().wall_seconds or 0.0))
-        ResultsJournal(part).recover()
+        ResultsJournal(replace(part, attempt=lease.attempt)).recover()
         for folder in sorted((part.path / "trials").glob("*")):
             target = run.path / "trials" / folder.name
             # Without params.json the task was killed while it created the trial.

@@ -91,7 +91,8 @@ def _evaluate_all(
                 # Placement may fail for good, for example after nodes were lost; `evaluate` itself
                 # has no time limit.
                 is_ready = worker.is_ready.remote()
-                _wait_for_one([is_ready], exchange, _PLACEMENT_SECONDS)
+                if _wait_for_one([is_ready], exchange, _PLACEMENT_SECONDS, until_stop=True) is None:
+                    break
                 ray.get(is_ready)
             except ray.exceptions.RayError as error:
                 failed[evaluation.name] = (
@@ -132,12 +133,19 @@ def _evaluate_all(
     return failed
 
 
-def _wait_for_one(replies: list[Any], exchange: ProgressExchange, timeout: float = math.inf) -> Any:
+def _wait_for_one(
+    replies: list[Any],
+    exchange: ProgressExchange,
+    timeout: float = math.inf,
+    *,
+    until_stop: bool = False,
+) -> Any:
     """Return a reply that is there. Meanwhile, workers are told when the run must stop.
 
     Args:
         replies: Replies of which one is waited for.
         timeout: Seconds to wait.
+        until_stop: Return None when the run is asked to stop.
 
     Raises:
         GetTimeoutError: None came in time.
@@ -148,6 +156,8 @@ def _wait_for_one(replies: list[Any], exchange: ProgressExchange, timeout: float
         ready, _ = ray.wait(replies, timeout=_POLL_SECONDS)
         if ready:
             return ready[0]
+        if until_stop and exchange.stop_file.exists():
+            return None
         if time.monotonic() > deadline:
             raise ray.exceptions.GetTimeoutError(f"no reply within {timeout:.0f} seconds")
 

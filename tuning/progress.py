@@ -119,6 +119,13 @@ class ProgressBoard:
         if self._pace.is_due():
             self.write()
 
+    def close(self) -> None:
+        """Write how far the trials are that have not ended, and that none of them runs."""
+        now_silent = {"time": None}
+        for trial_id, progress in self._progress.items():
+            self._progress[trial_id] = progress.model_copy(update=now_silent)
+        self.write()
+
     def write(self) -> None:
         """Write the file. Errors are ignored: it is only shown."""
         if self.trials is None:

@@ -7,13 +7,14 @@ later.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.events import NoteEvent
-from lorafleet.jobs.runs.records import MetricsRow, read_rows
+from lorafleet.jobs.runs.records import MetricsRow, parse_record, read_lines
 from lorafleet.jobs.runs.run import Run
 
 
@@ -68,15 +69,17 @@ class ResultsJournal:
         if not self.path.exists():
             return
         try:
-            journal = read_rows(self.path, JournalRow)
+            lines = read_lines(self.path)
         except RunError as error:
-            journal = []
-            sentence = f"results without an evaluation are lost: {error}"
-            self.run.add_event(NoteEvent(sentence=sentence))
+            self._keep_damaged(error)
+            return
         rows_of: dict[str, list[MetricsRow]] = {}
-        for row in journal:
-            values = {name: value for name, value in row.to_dict().items() if name != "trial_id"}
-            rows_of.setdefault(row.trial_id, []).append(MetricsRow.model_validate(values))
+        for line in lines:
+            with contextlib.suppress(RunError):  # costs this result only
+                row = parse_record(self.path, JournalRow, line)
+                values = row.to_dict()
+                values.pop("trial_id")
+                rows_of.setdefault(row.trial_id, []).append(MetricsRow.model_validate(values))
         for trial in self.run.list_trials():
             if trial.id in rows_of:
                 last_step = max((row.step for row in trial.read_metrics()), default=-1)
@@ -85,3 +88,11 @@ class ResultsJournal:
                     trial.add_rows(*missing)
         self.run.check_current()
         self.path.unlink(missing_ok=True)
+
+    def _keep_damaged(self, error: RunError) -> None:
+        """Rename a file that cannot be read: nothing is decided by it."""
+        self.run.check_current()
+        with contextlib.suppress(OSError):
+            self.path.rename(self.path.with_name(f"{self.path.name}.damaged"))
+        sentence = f"results without an evaluation are not shown: {error}"
+        self.run.add_event(NoteEvent(sentence=sentence))

@@ -269,11 +269,12 @@ class Sweep(TrainingDriver):
                 self.run.release_reserve()
             with contextlib.suppress(OSError, RunError):
                 ledger.write_results()
+                self.progress.close()
             raise
         ledger.write_results()
         self._settle_unfinished(ledger, budget.describe_spent())
         ledger.delete_surplus_files()
-        self.progress.write()
+        self.progress.close()
 
     def _start_tracking(self, ledger: Ledger) -> None:
         """Mirror the search to W&B, if the job asks for it, until `self.trackers` is closed."""
@@ -306,11 +307,6 @@ class Sweep(TrainingDriver):
                 ledger.end_trial(trial, TrialState.STOPPED, reason=spent_budget)
             else:
                 trial.set_state(TrialState.PENDING, reason="interrupted")
-
-    @property
-    def has_stuck_thread(self) -> bool:
-        """Return whether W&B has not ended in time."""
-        return self.tracker is not None and self.tracker.is_stuck
 
     @property
     def _searched_job(self) -> JobSpec:
@@ -532,7 +528,7 @@ class Sweep(TrainingDriver):
             if not self.share:
                 write_report(self.run)
             return self._get_stop_code()
-        from lorafleet.evaluation.render.wandb import track_report
+        from lorafleet.tuning.tracking import track_report_in_time
 
         states = [trial.state for trial in self.run.list_trials()]
         failed = states.count(TrialState.FAILED)
@@ -548,8 +544,8 @@ class Sweep(TrainingDriver):
         self.run.set_state(state, reason=reason, wall_seconds=wall_seconds, phase=None)
         # Written again, because the report shows the state.
         report = write_report(self.run)
-        if not self.has_stuck_thread:
-            track_report(self.run, self.job, report)
+        if self.tracker is None or not self.tracker.is_stuck:
+            track_report_in_time(self.run, self.job, report)
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
     def _handle_full_disk(self, sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""Mirror the record to Weights & Biases.
+"""Mirror the record to Weights & Biases, in a thread.
 
 There is one W&B run per trial, written by a thread of the driver from the run's own record.
 
@@ -10,9 +10,11 @@ one folder with its whole history, whatever was killed.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from lorafleet.evaluation.render.wandb import (
     get_requested_mode,
     open_wandb,
     resolve_wandb_mode,
+    track_report,
 )
 from lorafleet.evaluation.report.search import find_best_evaluation
 from lorafleet.jobs import files
@@ -35,7 +38,7 @@ from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 
 if TYPE_CHECKING:
-    pass
+    from lorafleet.jobs.runs.report import Report
 
 _MAX_WAITING = 10_000
 """Calls that may wait for W&B; a result is about 2 kB."""
@@ -43,6 +46,8 @@ _CLOSE_SECONDS = 300.0
 """Seconds that the end of a search waits for W&B."""
 _STOP_SECONDS = 5.0
 """The same, if the run is asked to stop."""
+_JOIN_SECONDS = 0.2
+"""Seconds between two checks whether the run is asked to stop."""
 _NOT_LOGGED = {
     "schema_version",
     "time",
@@ -85,9 +90,9 @@ def open_tracker(
     try:
         yield tracker
     except BaseException:
-        tracker.close(is_stopping=True)
+        tracker.close(lambda: True)
         raise
-    tracker.close(is_stopping=is_stopping())
+    tracker.close(is_stopping)
 
 
 class _Mirror(Protocol):
@@ -105,7 +110,8 @@ class BackgroundTracker:
 
     A `Listener`. The search never waits for it: opening a W&B run takes seconds. If a result does
     not fit into the queue, it and the later ones of its trial are left out; the mirror reads them
-    from the record when the trial ends. After an error the mirror is closed, and a note says so.
+    from the record when the trial ends. After an error nothing more is mirrored, and the report
+    says so.
 
     Args:
         run: The run; this thread writes its events.
@@ -148,23 +154,27 @@ class BackgroundTracker:
         """Mirror the end of a trial."""
         self._put(partial(self.mirror.end, trial.id))
 
-    def close(self, *, is_stopping: bool) -> None:
-        """Wait until everything is mirrored, but not for ever.
+    def close(self, is_stopping: Callable[[], bool]) -> None:
+        """Wait until everything is mirrored, but not for ever. W&B's process is then ended.
 
         Args:
-            is_stopping: Leave out what waits: the machine may be needed, and the next attempt
-                mirrors what this one has not.
+            is_stopping: Returns whether the run is asked to stop, now or while this waits. What is
+                left is then left out: the machine may be needed, and the next attempt mirrors it.
         """
-        self._skips |= is_stopping
         self._calls.put(None)
-        seconds = min(self.close_seconds, _STOP_SECONDS) if is_stopping else self.close_seconds
-        self._thread.join(seconds)
+        deadline, stops_at = time.monotonic() + self.close_seconds, math.inf
+        while self._thread.is_alive() and time.monotonic() < min(deadline, stops_at):
+            if is_stopping() and stops_at == math.inf:
+                self._skips, stops_at = True, time.monotonic() + _STOP_SECONDS
+            self._thread.join(_JOIN_SECONDS)
         self._record_errors()
         self.is_stuck = self._thread.is_alive()
-        if self.is_stuck and not is_stopping:
+        if self.is_stuck:
+            end_wandb_processes()
+        if self.is_stuck and not is_stopping():
             sentence = (
-                f"W&B did not take everything within {seconds:.0f} seconds. The run's own record "
-                "is complete: upload what W&B has written with `lorafleet sync`"
+                f"W&B did not take everything within {self.close_seconds:.0f} seconds. The run's "
+                "own record is complete: upload what W&B has written with `lorafleet sync`"
             )
             self.run.add_event(NoteEvent(sentence=sentence))
 
@@ -235,10 +245,19 @@ class WandbMirror:
         """Rewrite the W&B runs of ended trials that an earlier attempt did not close."""
         closed = {row["trial_id"] for row in files.read_jsonl(self.closed_file)}
         self._stale_folders = find_wandb_folders(self.run)
+        errors = []
         for trial_id, has_ended in self.earlier.items():
             if has_ended and trial_id not in closed:
-                self.begin(trial_id)
-                self.end(trial_id)
+                try:
+                    self.begin(trial_id)
+                    self.end(trial_id)
+                except StaleAttempt:
+                    raise
+                except Exception as error:  # noqa: BLE001 - one trial does not concern the others
+                    self.open.pop(trial_id, None)
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _get_wandb_id(self, trial_id: str) -> str:
         return f"{self.run.id}-{trial_id}"
@@ -249,9 +268,6 @@ class WandbMirror:
             return
         params = self.run.get_trial(trial_id).read_params()
         config = {"assignment": params.assignment, **params.resolved}
-        # Only now, when they are written again: a search that ends before may still be uploaded.
-        for folder in self._stale_folders.pop(self._get_wandb_id(trial_id), ()):
-            shutil.rmtree(folder, ignore_errors=True)
         wandb_run = open_wandb(
             self.run,
             self.job,
@@ -261,20 +277,27 @@ class WandbMirror:
             job_type="trial",
             config=config,
         )
+        # Only now, when they are written again: a search that ends before may still be uploaded.
+        for folder in self._stale_folders.pop(self._get_wandb_id(trial_id), ()):
+            shutil.rmtree(folder, ignore_errors=True)
         self.open[trial_id] = wandb_run
         # Online, W&B has the rows of earlier attempts. Offline, the new folder starts empty.
         self.last_step[trial_id] = int(wandb_run.step) - 1 if self.mode == "online" else -1
-        self._log_recorded(trial_id)
+        self._log_rows(trial_id, wandb_run)
 
-    def _log_recorded(self, trial_id: str) -> None:
+    def _log_rows(self, trial_id: str, wandb_run: Any) -> None:
         """Log the rows of the record that were not logged yet."""
         for row in self.run.get_trial(trial_id).read_metrics():
-            self.log(trial_id, row)
+            self._log_row(trial_id, wandb_run, row)
 
     def log(self, trial_id: str, row: MetricsRow) -> None:
         """Log a result, unless that was done."""
         wandb_run = self.open.get(trial_id)
-        if wandb_run is None or row.step <= self.last_step[trial_id]:
+        if wandb_run is not None:
+            self._log_row(trial_id, wandb_run, row)
+
+    def _log_row(self, trial_id: str, wandb_run: Any, row: MetricsRow) -> None:
+        if row.step <= self.last_step[trial_id]:
             return
         self.last_step[trial_id] = row.step
         logged = {
@@ -293,7 +316,7 @@ class WandbMirror:
         """
         if trial_id not in self.open:
             return
-        self._log_recorded(trial_id)
+        self._log_rows(trial_id, self.open[trial_id])
         trial, wandb_run = self.run.get_trial(trial_id), self.open.pop(trial_id)
         status, params = trial.read_status(), trial.read_params()
         wandb_run.summary["state"] = status.state
@@ -311,11 +334,39 @@ class WandbMirror:
         files.append_jsonl(self.closed_file, {"trial_id": trial_id})
 
     def close(self) -> None:
-        """Close the W&B runs that are still open after an interrupted sweep."""
-        for trial_id, wandb_run in self.open.items():
-            self._log_recorded(trial_id)
-            wandb_run.finish()
-        self.open.clear()
+        """Close the W&B runs that are still open after an interrupted sweep.
+
+        Raises StaleAttempt if a newer attempt writes them.
+        """
+        self.run.check_current()
+        for trial_id in list(self.open):
+            wandb_run = self.open.pop(trial_id)
+            # One run that cannot be closed does not concern the others.
+            with contextlib.suppress(Exception):
+                self._log_rows(trial_id, wandb_run)
+                wandb_run.finish()
+
+
+def end_wandb_processes() -> None:
+    """End W&B's service, which does not answer.
+
+    Otherwise this process would wait for it at its end. What it has written can be uploaded.
+    """
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("wandb-core"):
+                process.kill()
+
+
+def track_report_in_time(run: Run, job: JobSpec, report: Report) -> None:
+    """Log a report to W&B, as `track_report` does, but do not wait for ever."""
+    thread = threading.Thread(target=track_report, args=(run, job, report), daemon=True)
+    thread.start()
+    thread.join(_CLOSE_SECONDS)
+    if thread.is_alive():
+        end_wandb_processes()
 
 
 def _describe_weights(job: JobSpec, params: TrialParams, best: MetricsRow | None) -> dict[str, Any]:

@@ -90,11 +90,6 @@ class Driver(ABC):
         record_restart(self.run)
 
     @property
-    def has_stuck_thread(self) -> bool:
-        """Return whether a thread may keep this process from ending."""
-        return False
-
-    @property
     def stop_file(self) -> Path:
         """Return the path of the stop file, which asks every process of the run to save and end."""
         return self.run.path / "stop"

@@ -259,11 +259,12 @@ def _compare_with_promise(report: NodeReport, promise: NodePromise) -> list[str]
     if report.gpus < promise.gpus:
         found = f"only {format_count(report.gpus, 'GPU')}"
         if not report.gpus:
-            found = "no GPU (nvidia-smi is missing there, fails, or lists none)"
+            found = "no GPU (nvidia-smi is missing there, fails, or lists none that is visible)"
         messages.append(
             f"{report.node} has {found}, but gpus_per_node of the site file is {promise.gpus}"
         )
-    elif promise.gpus and report.gpu_memory_gib < _TOLERANCE * promise.gpu_memory_gb * _GB_GIB:
+    # 0: not known, for example of GPUs that share the memory of the machine.
+    elif 0 < report.gpu_memory_gib < _TOLERANCE * promise.gpu_memory_gb * _GB_GIB:
         messages.append(
             f"{report.node} has GPUs of {report.gpu_memory_gib / _GB_GIB:.0f} GB, but "
             f"gpu_memory_gb of the site file is {promise.gpu_memory_gb:g}"

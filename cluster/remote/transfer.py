@@ -36,6 +36,7 @@ _NOT_TRANSFERRED = {
     "stop",
     "site.json",
     "submission.json",
+    "waiting-results.jsonl",
     MANIFEST,
     *TEXTS,
 }

@@ -6,7 +6,7 @@ runs/quickstart-3f9a1c/
     job.yaml            as submitted           resolved.json   every value and its origin
     plan.json           what was planned       status.json     one RunState
     facts.json          digests, revisions     events.jsonl    one line per decision
-    progress.json       heartbeats of the running trials
+    progress.json       heartbeats of the trials that have not ended
     trials/<id>/        params.json status.json metrics.jsonl test.json checkpoints/ adapter/
     report/ wandb/ logs/ tune/                 tune/ belongs to Ray Tune, and can be deleted
 """

@@ -162,7 +162,10 @@ def test_a_promised_gpu_that_is_not_there_ends_the_job(login: Login, bert_job: J
     record = login.ended(run, 60)
     assert (record.state, record.exit_code) == ("FAILED", 70)
     said = " ".join(login.lorafleet("status", run.id).stdout.split())
-    assert "node1 has no GPU (nvidia-smi is missing there, fails, or lists none), but" in said
+    assert (
+        "node1 has no GPU (nvidia-smi is missing there, fails, or lists none that is visible), but"
+        in said
+    )
     assert run.list_trials() == []
     done = login.lorafleet("doctor", "--on", "rig", check=False)
     assert done.returncode != 0

@@ -22,6 +22,7 @@ from lorafleet.jobs.loading.site_file import load_site
 from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.sites.placement import choose_node_count
 from lorafleet.jobs.sites.slurm import SlurmSite
+from lorafleet.slurm.backend import _are_single_commands
 from lorafleet.slurm.render import (
     JOB,
     NODE,
@@ -67,6 +68,7 @@ def rendered(site: SlurmSite) -> dict[str, str]:
         exports=EXPORTS,
         folders=("/shared/runs", "/shared/cache"),
         version="0.1.0",
+        names_setup=True,
     )
     return render(site, script)
 
@@ -192,6 +194,57 @@ def test_paths_of_nodes_are_expanded_there_and_nothing_else() -> None:
             check=True,
         )
         assert done.stdout == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "single"),
+    [
+        (["module load cuda/12.8", "source /x/bin/activate"], True),
+        (['eval "$(conda shell.bash hook)"', "export A='x y'  # a comment"], True),
+        (["mods=(a", "b)"], False),
+        (["false && # wait", "cmd"], False),
+        (["cat <<E", "x", "E"], False),
+        (["cmd \\", "--option"], False),
+        (["if a", "then b", "fi"], False),
+        (["f() {", "}"], False),
+    ],
+)
+def test_lines_that_need_each_other_are_not_separated(lines: list[str], single: bool) -> None:
+    assert _are_single_commands(tuple(lines)) is single
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "problem"),
+    [
+        (["export A=1", "[ -f /nope ] && source /nope"], 0, "the setup line `[ -f /nope ] && source "
+         "/nope` failed with code 1: "),
+        (["export A=1", "true"], 0, ""),
+        (["load() { echo 'no cuda/99' >&2; return 4; }", "load cuda/99", "false"], 0,
+         "the setup line `load cuda/99` failed with code 4: no cuda/99"),
+        (["set -e", "ls /nowhere"], 2, "the setup line `ls /nowhere` ended the job with code 2: ls: cannot"),
+        (["echo 'no licence' >&2", "exit 5"], 5, "the setup line `exit 5` ended the job with code 5: no licence"),
+        (["if true", "then exit 6", "fi"], 6, "a setup line ended the job with code 6: "),
+    ],
+)  # fmt: skip
+def test_what_a_job_keeps_of_a_setup_line_that_fails(
+    lines: list[str], code: int, problem: str, tmp_path: Path
+) -> None:
+    site = SlurmSite.model_validate(BARE | {"setup": lines})
+    script = ScriptContext(
+        title="t", nodes=1, version="1", names_setup=_are_single_commands(site.setup)
+    )
+    block = render(site, script)[JOB].partition("# --- Values of the job")[0]
+    (tmp_path / "slurm").mkdir()
+    with (tmp_path / "job.out").open("a") as output:  # as Slurm opens it
+        done = subprocess.run(
+            ["/bin/bash", "-c", block, "job", str(tmp_path)],
+            stdout=output, stderr=output, check=False,
+            env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "LC_ALL": "C"},
+        )  # fmt: skip
+    assert done.returncode == code
+    kept = tmp_path / "slurm" / "problem-7"
+    text = kept.read_text() if kept.exists() else ""
+    assert text.startswith(problem) if problem else text == ""
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from lorafleet.jobs.runs.lease import Lease, StaleAttempt
 from lorafleet.jobs.runs.records import AttemptRecord, MetricsRow
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.tuning.array_tasks import merge_tasks
+from lorafleet.tuning.results_journal import ResultsJournal
 
 
 def a_part(run: Run, number: int, attempts: int) -> Run:
@@ -60,6 +61,14 @@ def test_trials_of_all_parts_go_on_in_the_run(run: Run) -> None:
     assert run.read_status().wall_seconds == 30.0
     assert len(run.read_events(WarningEvent)) == 4
     merge_tasks(run, AttemptRecord(), lambda _: None)
+
+
+def test_results_that_a_killed_task_had_not_moved_are_kept(run: Run) -> None:
+    part = run.get_array_task(0)
+    journal = ResultsJournal(Run(part.path, attempt=3))
+    journal.append([("t0", MetricsRow(step=7)), ("t0", MetricsRow(step=8))])
+    merge_tasks(run, AttemptRecord(), lambda _: None)
+    assert [row.step for row in run.get_trial("t0").read_metrics()] == [1, 2, 3, 7, 8]
 
 
 def test_a_gathering_that_was_killed_is_ended_by_the_next(run: Run) -> None:

@@ -130,11 +130,20 @@ def test_a_journal_that_grows_is_emptied(ledger: Ledger) -> None:
     assert not ledger.journal.path.exists()
 
 
-def test_a_damaged_journal_costs_a_note(ledger: Ledger) -> None:
-    ledger.journal.path.write_text('{"step": "x", "trial_id": "a"}\n')
+def test_a_damaged_line_of_the_journal_costs_its_result(ledger: Ledger) -> None:
+    report(ledger, "a", 64, 0.5, rung=0)
+    lines = ('{"step": "x", "trial_id": "a"}', "{", '{"step": 70, "trial_id": "a"}')
+    ledger.journal.path.write_text("\n".join(lines) + "\n")
+    again = Ledger(ledger.run, ledger.job, searching=True)
+    assert [row.step for row in again.trials.get("a").read_metrics()] == [64, 70]
+    assert again.run.list_remarks() == []
+
+
+def test_a_journal_that_cannot_be_read_costs_a_note(ledger: Ledger) -> None:
+    ledger.journal.path.mkdir()
     again = Ledger(ledger.run, ledger.job, searching=True)
     (remark,) = again.run.list_remarks()
-    assert remark.startswith("results without an evaluation are lost")
+    assert remark.startswith("results without an evaluation are not shown: ")
     assert not again.journal.path.exists()
 
 

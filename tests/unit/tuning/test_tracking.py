@@ -71,7 +71,7 @@ def test_the_search_does_not_wait_and_nothing_is_lost(trial: Trial) -> None:
     assert time.monotonic() - before < 1.0
     assert mirror.calls == []
     mirror.gate.set()
-    tracker.close(is_stopping=False)
+    tracker.close(lambda: False)
     logged = [("log", "aaaa", step) for step in range(1000)]
     assert mirror.calls == [
         ("missing",),
@@ -93,7 +93,7 @@ def test_results_that_do_not_fit_are_left_out_and_the_end_is_not(trial: Trial) -
     time.sleep(0.5)
     tracker.on_row(trial, MetricsRow(step=100))  # there is room again, but it would leave a gap
     tracker.on_end(trial)
-    tracker.close(is_stopping=False)
+    tracker.close(lambda: False)
     names = [call[0] for call in mirror.calls]
     assert 5 < names.count("log") <= 10
     assert names[-2:] == ["end", "close"]
@@ -108,7 +108,7 @@ def test_an_error_of_the_tracker_costs_a_note(failing: str, trial: Trial) -> Non
     train(tracker, trial, 3)
     time.sleep(0.2)
     train(tracker, trial, 3)
-    tracker.close(is_stopping=False)
+    tracker.close(lambda: False)
     (event,) = get_run(trial).read_events(TrackingFailedEvent)
     assert event.error == "RunError: W&B is not there"
     assert not tracker.is_stuck
@@ -124,7 +124,7 @@ def test_a_run_that_stops_does_not_wait_for_what_is_left(trial: Trial) -> None:
     tracker = BackgroundTracker(get_run(trial), mirror)
     train(tracker, trial, 1000)
     threading.Timer(0.3, mirror.gate.set).start()
-    tracker.close(is_stopping=True)
+    tracker.close(lambda: True)
     names = [call[0] for call in mirror.calls]
     assert names[0] == "missing"
     assert names[-1] == "close"
@@ -132,10 +132,21 @@ def test_a_run_that_stops_does_not_wait_for_what_is_left(trial: Trial) -> None:
     assert get_run(trial).list_remarks() == []
 
 
+def test_a_stop_that_comes_while_the_end_waits_is_heard(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafleet.tuning.tracking._STOP_SECONDS", 0.3)
+    tracker, asked_at = BackgroundTracker(get_run(trial), Mirror()), time.monotonic() + 0.5
+    tracker.close(lambda: time.monotonic() > asked_at)
+    assert 0.7 < time.monotonic() - asked_at + 0.5 < 3.0
+    assert tracker.is_stuck
+    assert get_run(trial).list_remarks() == []
+
+
 def test_the_end_of_a_search_does_not_wait_for_ever(trial: Trial) -> None:
     tracker = BackgroundTracker(get_run(trial), Mirror(), close_seconds=0.2)
     train(tracker, trial, 3)
-    tracker.close(is_stopping=False)
+    tracker.close(lambda: False)
     assert tracker.is_stuck
     (sentence,) = get_run(trial).list_remarks()
     assert sentence.startswith("W&B did not take everything within 0 seconds.")

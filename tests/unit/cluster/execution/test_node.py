@@ -105,11 +105,12 @@ PROMISE = NodePromise(cpus=16, memory_gb=128, gpus=4, gpu_memory_gb=80)
         ({}, None),
         (
             {"gpus": 0, "gpu_memory_gib": 0.0, "driver": ""},
-            "node2 has no GPU (nvidia-smi is missing there, fails, or lists none), but gpus_per_node "
-            "of the site file is 4",
+            "node2 has no GPU (nvidia-smi is missing there, fails, or lists none that is visible), but "
+            "gpus_per_node of the site file is 4",
         ),
         ({"gpus": 3}, "node2 has only 3 GPUs, but gpus_per_node of the site file is 4"),
         ({"gpus": 8}, None),
+        ({"gpu_memory_gib": 0.0}, None),  # not known
         (
             {"gpu_memory_gib": 39.6},
             "node2 has GPUs of 43 GB, but gpu_memory_gb of the site file is 80",

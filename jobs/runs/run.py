@@ -429,7 +429,9 @@ class Run:
         previous_state = status.state
         if previous_state is not None and state not in _TRANSITIONS[RunState(previous_state)]:
             raise RunError(f"{self.id} is {previous_state} and cannot become {state}")
-        ended = {} if state in (RunState.PENDING, RunState.RUNNING) else {"ended": time.time()}
+        ended: dict[str, Any] = {}
+        if state not in (RunState.PENDING, RunState.RUNNING):
+            ended = {"ended": time.time(), "phase": None}
         stamps = {"updated": time.time(), **_make_stamp(self.attempt)}
         files.write_json(
             self.path / "status.json",

@@ -227,18 +227,15 @@ def _is_logged_in(job: JobSpec) -> bool:
 def _import_wandb() -> Any:
     """Import W&B's client with a temporary folder that the next command removes after a kill.
 
-    The client creates folders when it is imported, which a killed process leaves behind.
+    The client creates temporary folders when it is imported and when it starts its service,
+    which a killed process leaves behind. From the first call on, this folder is the default of
+    `tempfile` in this process.
     """
     if "wandb" not in sys.modules:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         write_owner(folder)
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        previous, tempfile.tempdir = tempfile.tempdir, str(folder)
-        try:
-            import wandb.sdk.artifacts.artifact
-            import wandb.sdk.data_types._private
-        finally:
-            tempfile.tempdir = previous
+        tempfile.tempdir = str(folder)
     import wandb
 
     return wandb

@@ -109,6 +109,7 @@ def measure_tune(path: Path) -> None:
     )
     loggers = [JsonLoggerCallback(), CSVLoggerCallback(), TBXLoggerCallback()]
     trials: dict[str, Any] = {}
+    all_trials: list[Any] = []
     last = {trial_id: number for number, (trial_id, _) in enumerate(results)}
     before, started, cpu = _get_peak_mib(), time.perf_counter(), time.process_time()
     for number, (trial_id, result) in enumerate(results):
@@ -122,13 +123,14 @@ def measure_tune(path: Path) -> None:
                 _setup_default_resource=False,
             )
             trials[trial_id].init_local_path()
+            all_trials.append(trials[trial_id])
             scheduler.on_trial_add(None, trials[trial_id])
         trial = trials[trial_id]
         scheduler.on_trial_result(None, trial, result)
         for logger in loggers:
-            logger.on_trial_result(number, list(trials.values()), trial, result)
+            logger.on_trial_result(number, all_trials, trial, result)
             if last[trial_id] == number:
-                logger.on_trial_complete(number, list(trials.values()), trial)
+                logger.on_trial_complete(number, all_trials, trial)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     _print_side("Ray Tune's ASHA and loggers", len(results), seconds, cpu, before)
 

@@ -43,7 +43,7 @@ ROWS = 6400
 
 
 class StubData:
-    """What the driver asks of the data before trials start."""
+    """Simulated data: the part of `TokenData` that the driver uses before trials start."""
 
     def count_training_rows(self, job: Any) -> int:
         """Return the number of training rows."""

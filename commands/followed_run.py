@@ -37,7 +37,7 @@ _READ_ANYWAY = 2
 
 
 class _CachedFile(Generic[Value]):
-    """What was read from a file, until the file is another one.
+    """Content of a file, which is read again only when the file has changed.
 
     Args:
         path: The file; it may not exist.
@@ -46,7 +46,7 @@ class _CachedFile(Generic[Value]):
 
     def __init__(self, path: Path, read: Callable[[], Value]) -> None:
         self.path, self.read = path, read
-        self._seen: tuple[tuple[int, ...] | None, Value] | None = None
+        self._cached: tuple[tuple[int, ...] | None, Value] | None = None
 
     def get(self) -> Value:
         """Return the content. Raises what `read` raises."""
@@ -54,9 +54,9 @@ class _CachedFile(Generic[Value]):
             identity = files.get_file_identity(self.path)
         except OSError:
             identity = None
-        if self._seen is None or self._seen[0] != identity:
-            self._seen = identity, self.read()
-        return self._seen[1]
+        if self._cached is None or self._cached[0] != identity:
+            self._cached = identity, self.read()
+        return self._cached[1]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class FollowedTrial:
     progress: Progress
     """Its heartbeat; empty if it has none."""
     version: Version | None
-    """What the heartbeat told of the files, before they were read."""
+    """Version of the files that were read, according to the heartbeat before."""
 
     @property
     def has_ended(self) -> bool:
@@ -157,14 +157,14 @@ class _Source:
         must_read = set(self._list_unended()[:_READ_ANYWAY])
         for path in folders:
             record = records[path.parent.parent]
-            progress, known = record.trials.get(path.name), self._trials.get(path)
+            progress, previous = record.trials.get(path.name), self._trials.get(path)
             version = None
             if progress is not None:
                 version = record.attempt, progress.state, progress.results
-            if known is None or path in must_read or not _is_current(known, version):
+            if previous is None or path in must_read or not _is_current(previous, version):
                 self._read(path, version, progress or Progress())
             elif progress is not None:
-                self._trials[path] = replace(known, progress=progress)
+                self._trials[path] = replace(previous, progress=progress)
         for path in self._trials.keys() - folders:  # an array task's, moved into the run
             del self._trials[path]
         trials = self._trials.values()
@@ -199,11 +199,11 @@ class _Source:
             return ProgressRecord()
 
 
-def _is_current(known: FollowedTrial, version: Version | None) -> bool:
+def _is_current(followed: FollowedTrial, version: Version | None) -> bool:
     """Return whether the files of a trial have not changed since they were read.
 
     Args:
-        version: What the newest heartbeat tells; None if there is none, because the trial has
-            ended, or because no driver has trained.
+        version: Version according to the newest heartbeat; None without one, because the trial
+            has ended, or because no driver has trained.
     """
-    return known.has_ended if version is None else known.version == version
+    return followed.has_ended if version is None else followed.version == version

@@ -42,15 +42,15 @@ def logs(
     refreshed_at = time.monotonic()
     # Asked before the first print: lines that are written in between are printed in the next round.
     is_live = follow and _is_live(backend, selected_run)
-    has_lines = trial is not None
+    is_explained = trial is not None
     while True:
         for line in _read_new_lines(_list_log_files(selected_run, trial), offsets):
-            has_lines = True
+            is_explained = True
             print_text(
                 line.rstrip("\r").rpartition("\r")[2]
             )  # keep only the last state of a progress bar
-        if not has_lines:
-            has_lines = True  # said once
+        if not is_explained:
+            is_explained = True
             _explain_empty_log(backend, selected_run)
         if not is_live:
             return

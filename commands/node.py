@@ -50,17 +50,17 @@ def agree(
 ) -> None:
     """Print the address and ports of the job's Ray if all nodes agree.
 
-    They must have what the site file says: CPU cores, memory and GPUs. LF_HEAD_WORKS tells whether
-    the head runs trials, too.
+    Each must have the CPU cores, the memory and the GPUs that the site file states. LF_HEAD_WORKS
+    is 0 if the head runs no trials.
     """
     import os
 
-    from lorafleet.cluster.execution.node import NodePromise
+    from lorafleet.cluster.execution.node import StatedResources
     from lorafleet.cluster.execution.node import resolve_ray_address as agree_on
 
-    promise = NodePromise(cpus=cpus, memory_gb=memory_gb, gpus=gpus, gpu_memory_gb=gpu_memory_gb)
+    stated = StatedResources(cpus=cpus, memory_gb=memory_gb, gpus=gpus, gpu_memory_gb=gpu_memory_gb)
     head_works = os.environ.get("LF_HEAD_WORKS") != "0"
-    typer.echo(agree_on(run, reports, nonce, nodes, promise, job, head_works=head_works))
+    typer.echo(agree_on(run, reports, nonce, nodes, stated, job, head_works=head_works))
 
 
 @node.command()

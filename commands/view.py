@@ -77,19 +77,19 @@ class TrialView(BaseModel):
         return FOLD in self.params
 
 
-def collect_trials(run: FollowedRun) -> list[TrialView]:
+def collect_trials(followed: FollowedRun) -> list[TrialView]:
     """Return the state of each trial. Trials with damaged files are left out.
 
     Raises:
         RunError: The run's plan.json is damaged.
     """
-    with raise_damaged_file(run.run.path / "plan.json"):
-        name, goal = _get_metric(run.read_plan().job)
+    with raise_damaged_file(followed.run.path / "plan.json"):
+        name, goal = _get_metric(followed.read_plan().job)
     views = []
-    for followed in run.read_trials():
+    for trial in followed.read_trials():
         # A damaged trial is named by the run's remarks.
-        with contextlib.suppress(RunError), raise_damaged_file(followed.trial.path):
-            views.append(_build_trial_view(followed, name, goal))
+        with contextlib.suppress(RunError), raise_damaged_file(trial.trial.path):
+            views.append(_build_trial_view(trial, name, goal))
     return views
 
 
@@ -309,19 +309,19 @@ def _iterate_all_news(followed: FollowedRun) -> Iterator[str]:
     metric, _ = _get_metric(followed.read_plan().job)
     for warning in followed.read_metadata().warnings:
         yield f"note: {warning}"
-    for one in followed.read_trials():
-        trial, values = one.trial, format_params(one.params.assignment)
+    for item in followed.read_trials():
+        trial, values = item.trial, format_params(item.params.assignment)
         name = " ".join(filter(None, (trial.arm, trial.id, f"({values})" if values else "")))
-        for row in one.rows:
+        for row in item.rows:
             if row.evaluated:
                 yield (
                     f"{name} step {row.step}: {metric} {format_number(row.get_metric(metric))}, "
                     f"train loss {format_number(row.train_loss)}, "
                     f"{format_number(row.tokens_per_second, 0)} tokens/s"
                 )
-        if one.has_ended:
-            reason = f": {one.status.reason}" if one.status.reason else ""
-            yield f"{name} {one.status.state}{reason}"
+        if item.has_ended:
+            reason = f": {item.status.reason}" if item.status.reason else ""
+            yield f"{name} {item.status.state}{reason}"
     yield from followed.list_remarks()
     recommended = describe_recommendation(followed.read_events())
     if recommended:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorafleet.cluster.backend import RunBackend, Watch
 
 _POLL_SECONDS = 0.5
-"""Seconds between two looks whether the run has ended."""
+"""Seconds between two checks whether the run has ended."""
 _READ_SECONDS = 1.0
 """Seconds between two readings of a run, at least."""
 _READ_SHARE = 10

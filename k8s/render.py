@@ -566,9 +566,9 @@ def _list_tolerations(
         for key in _LOST_NODE_TAINTS
     )
     # Another effect is another taint.
-    named = {one.key for one in tolerations if one.effect in ("NoExecute", None)}
-    own = [toleration for toleration in lost if toleration.key not in named]
-    return [toleration.to_dict() for toleration in (*tolerations, *own)]
+    site_keys = {item.key for item in tolerations if item.effect in ("NoExecute", None)}
+    defaults = [toleration for toleration in lost if toleration.key not in site_keys]
+    return [toleration.to_dict() for toleration in (*tolerations, *defaults)]
 
 
 _LOST_NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")

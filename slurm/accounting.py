@@ -15,7 +15,7 @@ from typing import Any
 from lorafleet.slurm.states import get_job_state, parse_state
 
 _NO_NODES = ("", "(null)", "None assigned")
-"""What Slurm's commands print in place of the nodes of a job that has none."""
+"""Words of Slurm's commands for a job that has no nodes."""
 _PAIR = re.compile(r"(?:^|\s)([A-Za-z][A-Za-z0-9/:_]*)=")
 
 

@@ -329,7 +329,7 @@ class SlurmBackend:
     def _record_last_end(self, run: Run) -> None:
         """Record how Slurm ended the last job, if the job could not do so itself.
 
-        The next driver tells it, and cannot ask Slurm.
+        The next driver notes it in the run, and cannot ask Slurm.
         """
         starts = read_starts(run.path)
         if not starts or starts[-1].event not in ("began", "cut-off"):
@@ -345,7 +345,7 @@ class SlurmBackend:
                     "job": last.job,
                     "restart": last.restart,
                     "submission": last.submission,
-                    "event": "settled",
+                    "event": "ended-by-slurm",
                     "code": 0,
                     "reason": f"it {get_job_state(record.state).sentence}",
                 }

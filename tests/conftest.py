@@ -21,6 +21,7 @@ import pytest
 from hypothesis import settings
 
 from lorafleet.jobs.loading.job_file import LoadedJob, load_text
+from lorafleet.jobs.runs.run import Run, Trial
 
 WORDS = (
     """the a film plot actor scene very quite rather story it was is and but with of in""".split()
@@ -218,6 +219,12 @@ train: {{per_device_train_batch_size: 4, learning_rate: 1e-2, max_steps: 6}}
         return load_text(text, tmp_path / "job.yaml", as_overrides(overrides))
 
     return make
+
+
+def read_step(trial: Trial) -> int:
+    """How far a trial is, by its heartbeat; 0 without one."""
+    progress = Run(trial.path.parent.parent).read_progress().get(trial.id)
+    return progress.step if progress is not None else 0
 
 
 def hears_ctrl_c() -> None:

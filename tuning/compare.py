@@ -436,7 +436,7 @@ class Comparison(TrainingDriver):
         The run has failed if a model could not be evaluated: `resume` then evaluates only what
         is missing.
         """
-        from lorafleet.tuning.tracking import track_report_in_time
+        from lorafleet.evaluation.render.wandb import track_report
 
         wall = self._compute_wall_seconds()
         self._record_phase("writing the report")
@@ -451,7 +451,7 @@ class Comparison(TrainingDriver):
         state = RunState.FAILED if self.unjudged else RunState.FINISHED
         self.run.set_state(state, reason=reason, wall_seconds=wall, phase=None)
         report = write_report(self.run, with_tokenizer=True)
-        track_report_in_time(self.run, self.job, report)
+        track_report(self.run, self.job, report)
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
 

@@ -6,7 +6,9 @@ for each row), so an evaluation that was written is not repeated by a resumed ru
 
 from __future__ import annotations
 
+import os
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from lorafleet.evaluation.metrics.predictions import RowResults
 from lorafleet.evaluation.metrics.summary import summarize_results
 from lorafleet.evaluation.tokens import TokenData, open_tokens
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import make_disk_full_error
+from lorafleet.jobs.errors import LorafleetError, make_disk_full_error
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.training.evaluation import evaluate_rows
@@ -75,6 +77,10 @@ class HeldOutEvaluation:
         """
         name = self.name.replace("/", "-")
         return Path(self.folder) / f"{STACKS_PREFIX}{name}-{attempt}.txt"
+
+    def get_traceback_path(self) -> Path:
+        """Return the file for the traceback of an error."""
+        return Path(self.folder) / f"exam-traceback-{self.name.replace('/', '-')}.txt"
 
     def count_lost_processes(self) -> int:
         """Return how many processes died or hung while they evaluated the model."""
@@ -155,12 +161,22 @@ class Evaluator:
                 return EvaluationReport(disk_full=str(disk_full_error))
             if is_device_error(error):
                 raise WorkerUnusable(classify_exception(error)) from error
-            first_line = (str(error).strip().splitlines() or [""])[0]
+            failure = self._describe_error(evaluation, error)
             error.__traceback__ = None  # its frames hold the tensors that did not fit
             self.bases.drop()
             free_unused_memory(resolve_device(self.work.gpus))
-            return EvaluationReport(failure=f"{type(error).__name__}: {first_line}")
+            return EvaluationReport(failure=failure)
         return EvaluationReport()
+
+    def _describe_error(self, evaluation: HeldOutEvaluation, error: Exception) -> str:
+        """Return an error as text. If it may be a fault of lorafleet, save its traceback."""
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        text = f"{type(error).__name__}: {first_line}".removesuffix(": ")
+        if isinstance(error, LorafleetError):
+            return text
+        path = evaluation.get_traceback_path()
+        files.write_text(path, "".join(traceback.format_exception(error)))
+        return f"{text} (see {os.path.relpath(path, self.work.run)})"
 
     def evaluate(self, evaluation: HeldOutEvaluation, attempt: int) -> bool:
         """Evaluate a model and write the results.

@@ -54,7 +54,7 @@ class Listener(Protocol):
 
 @dataclass
 class TrialResults:
-    """What the decisions of a search need of a trial's metrics.jsonl."""
+    """Values of a trial's metrics.jsonl that the decisions of a search need."""
 
     last_step: int = -1
     """Last step that was reported."""
@@ -150,7 +150,7 @@ class Ledger:
         return not trial.is_repeat and (trial.fold is not None or not self.folds)
 
     def _record_results(self, trial_id: str, row: MetricsRow) -> None:
-        """Store what decisions need of a row."""
+        """Store the values of a row that decisions need."""
         results = self.results[trial_id]
         results.last_step = max(results.last_step, row.step)
         seconds = (row.train_seconds or 0.0) + (row.eval_seconds or 0.0)

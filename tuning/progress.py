@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorafleet.jobs import files
-from lorafleet.jobs.runs.records import MetricsRow, Progress
+from lorafleet.jobs.runs.records import MetricsRow, Progress, ProgressRecord
 
 if TYPE_CHECKING:
     from lorafleet.jobs.runs.run import Trial
     from lorafleet.tuning.trial_table import TrialTable
 
-WRITE_SECONDS = 2.0
+_WRITE_SECONDS = 2.0
 """Seconds between two writes of the progress of all trials."""
 ASK_SECONDS = 1.5
 """Seconds between two requests of a trial whether the run must stop."""
@@ -30,7 +30,7 @@ _STOP_FILE_SECONDS = 1.0
 """Seconds between two checks of the stop file."""
 _ANSWER_SECONDS = 0.5
 """Seconds that a trial waits for the driver's answer. It continues without one."""
-_MISSED_ANSWERS = 20
+_REQUESTS_WITHOUT_WAIT = 20
 """Requests for whose answers a trial does not wait, after one that was late."""
 
 
@@ -95,7 +95,7 @@ class ProgressBoard:
         """Trials of the search; None until it begins. Nothing is written before."""
         self._progress: dict[str, Progress] = {}
         self._results = Counter[str]()
-        self._pace = Pace(WRITE_SECONDS)
+        self._pace = Pace(_WRITE_SECONDS)
 
     def update(self, trial_id: str, progress: Progress) -> None:
         """Take the progress of a trial."""
@@ -121,25 +121,24 @@ class ProgressBoard:
 
     def close(self) -> None:
         """Write how far the trials are that have not ended, and that none of them runs."""
-        now_silent = {"time": None}
         for trial_id, progress in self._progress.items():
-            self._progress[trial_id] = progress.model_copy(update=now_silent)
+            # A heartbeat without a time is not recent: the trial is not shown as running.
+            self._progress[trial_id] = progress.model_copy(update={"time": None})
         self.write()
 
     def write(self) -> None:
         """Write the file. Errors are ignored: it is only shown."""
         if self.trials is None:
             return
-        trials = {
-            trial.id: self._progress.get(trial.id, Progress()).to_dict()
-            | {"state": trial.state.value, "results": self._results[trial.id]}
-            for trial in self.trials.unended.values()
-        }
+        trials = {}
+        for trial in self.trials.unended.values():
+            update = {"state": trial.state.value, "results": self._results[trial.id]}
+            trials[trial.id] = self._progress.get(trial.id, Progress()).model_copy(update=update)
         run = self.trials.run
+        record = ProgressRecord(attempt=run.attempt, trials=trials)
         # Neither flushed to the disk nor checked against newer attempts, for the same reason.
         with contextlib.suppress(OSError):
-            values = {"attempt": run.attempt, "trials": trials}
-            files.write_json(run.progress_file, values, durable=False)
+            files.write_json(run.progress_file, record.to_dict(), durable=False)
 
 
 def make_progress(row: MetricsRow, total_steps: int) -> Progress:
@@ -233,7 +232,7 @@ class RayLink:
         if self._requests_without_wait:
             self._requests_without_wait -= 1
         elif not self._take_answer(_ANSWER_SECONDS):
-            self._requests_without_wait = _MISSED_ANSWERS
+            self._requests_without_wait = _REQUESTS_WITHOUT_WAIT
 
     def _take_answer(self, timeout: float = 0.0) -> bool:
         """Take the answer to the open request. Return False if it is still open.
@@ -260,7 +259,7 @@ class ProgressExchange:
     def __init__(self, actor: Any, board: ProgressBoard | None, stop_file: StopFile) -> None:
         self.actor, self.board, self.stop_file = actor, board, stop_file
         self._reply: Any = None
-        self._pace = Pace(WRITE_SECONDS)
+        self._pace = Pace(_WRITE_SECONDS)
         self._has_sent_stop = False
 
     def poll(self) -> None:

@@ -528,7 +528,7 @@ class Sweep(TrainingDriver):
             if not self.share:
                 write_report(self.run)
             return self._get_stop_code()
-        from lorafleet.tuning.tracking import track_report_in_time
+        from lorafleet.evaluation.render.wandb import track_report
 
         states = [trial.state for trial in self.run.list_trials()]
         failed = states.count(TrialState.FAILED)
@@ -545,7 +545,7 @@ class Sweep(TrainingDriver):
         # Written again, because the report shows the state.
         report = write_report(self.run)
         if self.tracker is None or not self.tracker.is_stuck:
-            track_report_in_time(self.run, self.job, report)
+            track_report(self.run, self.job, report)
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
     def _handle_full_disk(self, sentence: str) -> None:

@@ -18,34 +18,31 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from lorafleet.evaluation.render.wandb import (
+    MAX_WAIT_SECONDS,
     Mode,
+    end_wandb_processes,
     find_wandb_folders,
     get_requested_mode,
     open_wandb,
+    record_tracking_error,
     resolve_wandb_mode,
-    track_report,
 )
 from lorafleet.evaluation.report.search import find_best_evaluation
 from lorafleet.jobs import files
 from lorafleet.jobs.data.hub import resolve_public_base
-from lorafleet.jobs.runs.events import NoteEvent, TrackingFailedEvent
+from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.lease import StaleAttempt
 from lorafleet.jobs.runs.records import MetricsRow, TrialParams
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 
-if TYPE_CHECKING:
-    from lorafleet.jobs.runs.report import Report
-
 _MAX_WAITING = 10_000
 """Calls that may wait for W&B; a result is about 2 kB."""
-_CLOSE_SECONDS = 300.0
-"""Seconds that the end of a search waits for W&B."""
 _STOP_SECONDS = 5.0
-"""The same, if the run is asked to stop."""
+"""Seconds that a run waits for W&B if it is asked to stop."""
 _JOIN_SECONDS = 0.2
 """Seconds between two checks whether the run is asked to stop."""
 _NOT_LOGGED = {
@@ -96,7 +93,7 @@ def open_tracker(
 
 
 class _Mirror(Protocol):
-    """What a `BackgroundTracker` calls, in its thread. Trials are given by their ids."""
+    """Interface that a `BackgroundTracker` calls in its thread. Arguments are ids of trials."""
 
     def write_missing(self) -> None: ...
     def begin(self, trial_id: str) -> None: ...
@@ -125,7 +122,7 @@ class BackgroundTracker:
         run: Run,
         mirror: _Mirror,
         max_waiting: int = _MAX_WAITING,
-        close_seconds: float = _CLOSE_SECONDS,
+        close_seconds: float = MAX_WAIT_SECONDS,
     ) -> None:
         self.run, self.mirror = run, mirror
         self.max_waiting, self.close_seconds = max_waiting, close_seconds
@@ -187,11 +184,7 @@ class BackgroundTracker:
     def _record_errors(self) -> None:
         """Record the errors of the thread, which must not write events itself."""
         while not self._errors.empty():
-            error = self._errors.get()
-            # Another attempt has the run: this one finds out by itself, and must not write.
-            if not isinstance(error, StaleAttempt):
-                text = f"{type(error).__name__}: {error}"[:500]
-                self.run.add_event(TrackingFailedEvent(error=text))
+            record_tracking_error(self.run, self._errors.get())
 
     def _work(self) -> None:
         """Make the calls in their order, until `close`."""
@@ -245,19 +238,18 @@ class WandbMirror:
         """Rewrite the W&B runs of ended trials that an earlier attempt did not close."""
         closed = {row["trial_id"] for row in files.read_jsonl(self.closed_file)}
         self._stale_folders = find_wandb_folders(self.run)
-        errors = []
-        for trial_id, has_ended in self.earlier.items():
-            if has_ended and trial_id not in closed:
-                try:
-                    self.begin(trial_id)
-                    self.end(trial_id)
-                except StaleAttempt:
-                    raise
-                except Exception as error:  # noqa: BLE001 - one trial does not concern the others
-                    self.open.pop(trial_id, None)
-                    errors.append(error)
-        if errors:
-            raise errors[0]
+        _call_for_each(
+            [name for name, has_ended in self.earlier.items() if has_ended and name not in closed],
+            self._rewrite,
+        )
+
+    def _rewrite(self, trial_id: str) -> None:
+        """Write the whole W&B run of an ended trial."""
+        self.begin(trial_id)
+        try:
+            self.end(trial_id)
+        finally:
+            self.open.pop(trial_id, None)
 
     def _get_wandb_id(self, trial_id: str) -> str:
         return f"{self.run.id}-{trial_id}"
@@ -339,34 +331,31 @@ class WandbMirror:
         Raises StaleAttempt if a newer attempt writes them.
         """
         self.run.check_current()
-        for trial_id in list(self.open):
-            wandb_run = self.open.pop(trial_id)
-            # One run that cannot be closed does not concern the others.
-            with contextlib.suppress(Exception):
-                self._log_rows(trial_id, wandb_run)
-                wandb_run.finish()
+        _call_for_each(list(self.open), self._finish)
+
+    def _finish(self, trial_id: str) -> None:
+        """Close the W&B run of a trial that has not ended."""
+        wandb_run = self.open.pop(trial_id)
+        self._log_rows(trial_id, wandb_run)
+        wandb_run.finish()
 
 
-def end_wandb_processes() -> None:
-    """End W&B's service, which does not answer.
+def _call_for_each(trial_ids: Iterable[str], call: Callable[[str], None]) -> None:
+    """Call a function for each trial. One that fails does not concern the others.
 
-    Otherwise this process would wait for it at its end. What it has written can be uploaded.
+    Raises the first error, when all were called; StaleAttempt at once.
     """
-    import psutil
-
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if process.name().startswith("wandb-core"):
-                process.kill()
-
-
-def track_report_in_time(run: Run, job: JobSpec, report: Report) -> None:
-    """Log a report to W&B, as `track_report` does, but do not wait for ever."""
-    thread = threading.Thread(target=track_report, args=(run, job, report), daemon=True)
-    thread.start()
-    thread.join(_CLOSE_SECONDS)
-    if thread.is_alive():
-        end_wandb_processes()
+    errors = []
+    for trial_id in trial_ids:
+        try:
+            call(trial_id)
+        except StaleAttempt:
+            raise
+        # Whatever W&B's client may raise.
+        except Exception as error:  # noqa: BLE001
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _describe_weights(job: JobSpec, params: TrialParams, best: MetricsRow | None) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class NodeReport(BaseModel):
         return self.versions.get(name, "unknown")
 
 
-class NodePromise(BaseModel):
-    """What the site file says of every node that runs trials."""
+class StatedResources(BaseModel):
+    """Resources that the site file states for every node that runs trials."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -237,55 +237,56 @@ def find_disagreements(
     return messages
 
 
-def find_broken_promises(
-    reports: list[NodeReport], promise: NodePromise, *, head_works: bool
+def find_missing_resources(
+    reports: list[NodeReport], stated: StatedResources, *, head_works: bool
 ) -> list[str]:
-    """Return a message for everything that the site file promises and a node does not have. Pure.
+    """Return a message for each resource that a node has less of than the site file states. Pure.
 
     Args:
         reports: Reports of all nodes.
-        promise: What the site file says of a node that runs trials.
+        stated: Resources of a node that runs trials, according to the site file.
         head_works: False if the node with the lowest number is a head of its own, which runs none.
     """
     ordered = sorted(reports, key=lambda report: report.number)
     messages = []
     for report in ordered if head_works else ordered[1:]:
-        messages += _compare_with_promise(report, promise)
+        messages += _compare_with_site(report, stated)
     return messages
 
 
-def _compare_with_promise(report: NodeReport, promise: NodePromise) -> list[str]:
+def _compare_with_site(report: NodeReport, stated: StatedResources) -> list[str]:
     messages = []
-    if report.gpus < promise.gpus:
-        found = f"only {format_count(report.gpus, 'GPU')}"
+    if report.gpus < stated.gpus:
+        gpus = f"only {format_count(report.gpus, 'GPU')}"
         if not report.gpus:
-            found = "no GPU (nvidia-smi is missing there, fails, or lists none that is visible)"
+            gpus = "no GPU (nvidia-smi is missing, fails, or lists no visible GPU)"
         messages.append(
-            f"{report.node} has {found}, but gpus_per_node of the site file is {promise.gpus}"
+            f"{report.node} has {gpus}, but gpus_per_node of the site file is {stated.gpus}"
         )
     # 0: not known, for example of GPUs that share the memory of the machine.
-    elif 0 < report.gpu_memory_gib < _TOLERANCE * promise.gpu_memory_gb * _GB_GIB:
+    elif 0 < report.gpu_memory_gib < _TOLERANCE * stated.gpu_memory_gb * _GB_GIB:
         messages.append(
             f"{report.node} has GPUs of {report.gpu_memory_gib / _GB_GIB:.0f} GB, but "
-            f"gpu_memory_gb of the site file is {promise.gpu_memory_gb:g}"
+            f"gpu_memory_gb of the site file is {stated.gpu_memory_gb:g}"
         )
-    if report.cpus is not None and report.cpus < promise.cpus:
+    if report.cpus is not None and report.cpus < stated.cpus:
         messages.append(
             f"{report.node} has {format_count(report.cpus, 'CPU core')}, but cpus_per_node of the "
-            f"site file is {promise.cpus}"
+            f"site file is {stated.cpus}"
         )
-    memory_gib = _TOLERANCE * promise.memory_gb * _GB_GIB
+    memory_gib = _TOLERANCE * stated.memory_gb * _GB_GIB
     if report.memory_gib is not None and report.memory_gib < memory_gib:
         messages.append(
             f"{report.node} has {report.memory_gib / _GB_GIB:.0f} GB of memory, but "
-            f"memory_gb_per_node of the site file is {promise.memory_gb:g}"
+            f"memory_gb_per_node of the site file is {stated.memory_gb:g}"
         )
-    return messages
+    advice = "correct the site file, or have the node checked"
+    return [f"{message}: {advice}" for message in messages]
 
 
 _GB_GIB = 1e9 / 2**30
 _TOLERANCE = 0.95
-"""Share of a promised size that counts as kept: firmware and drivers reserve some memory."""
+"""Share of a stated size that is enough: firmware and drivers reserve some memory."""
 
 
 def _compare_versions(reports: list[NodeReport]) -> list[str]:
@@ -386,7 +387,7 @@ def resolve_ray_address(
     reports: Path,
     nonce: str,
     nodes: int,
-    promise: NodePromise,
+    stated: StatedResources,
     job: int,
     *,
     head_works: bool,
@@ -396,8 +397,8 @@ def resolve_ray_address(
     The first call records the environment of the run.
 
     Raises:
-        PlacementRefused: The nodes disagree, or do not have what the site file promises; the
-            message names the node.
+        PlacementRefused: The nodes disagree, or have less than the site file states; the message
+            names the node.
     """
     if "SLURM_ARRAY_TASK_ID" not in os.environ:  # an array task's attempts are in its own folder
         check_starts(run)
@@ -405,7 +406,7 @@ def resolve_ray_address(
     environment_file = run / "environment.json"
     pinned = files.read_json(environment_file)
     problems = find_disagreements(node_reports, nonce, nodes, pinned, str(run))
-    problems = problems or find_broken_promises(node_reports, promise, head_works=head_works)
+    problems = problems or find_missing_resources(node_reports, stated, head_works=head_works)
     if problems:
         raise PlacementRefused("; ".join(problems))
     first = min(node_reports, key=lambda report: report.number)
@@ -413,7 +414,7 @@ def resolve_ray_address(
     if not pinned:
         files.write_json(environment_file, {name: first.get_version(name) for name in PINNED})
     busy = sorted({port for report in node_reports for port in report.busy})
-    first_port, last_port = choose_ports(busy, promise.cpus, job)
+    first_port, last_port = choose_ports(busy, stated.cpus, job)
     return f"{first.address} {first_port} {last_port}"
 
 

@@ -1,7 +1,7 @@
 """Log reports to Weights & Biases.
 
 All writers to it share its mode and settings. Tracking is never needed for a result:
-errors of the client become events of the run (`ignore_tracking_errors`). Nothing ever
+errors of the client become events of the run (`record_tracking_error`). Nothing ever
 asks for a login; without an API key W&B writes offline files, which `lorafleet sync`
 uploads later.
 """
@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,44 +34,70 @@ if TYPE_CHECKING:
     from lorafleet.jobs.runs.report import Report, Sample
 
 Mode = Literal["online", "offline", "disabled"]
+MAX_WAIT_SECONDS = 300.0
+"""Maximum seconds that the end of a search, or a report, waits for W&B."""
 _MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
-
-
-@contextlib.contextmanager
-def ignore_tracking_errors(run: Run) -> Iterator[None]:
-    """Record an error of the tracker as an event and continue.
-
-    The results are stored in the run anyway.
-
-    Raises:
-        StaleAttempt: Another driver has taken over the run, so this one must stop writing.
-    """
-    try:
-        yield
-    except StaleAttempt:
-        raise
-    # Whatever W&B's client may raise: tracking must not end a run.
-    except Exception as error:  # noqa: BLE001
-        run.add_event(TrackingFailedEvent(error=f"{type(error).__name__}: {error}"[:500]))
 
 
 def track_report(run: Run, job: JobSpec, report: Report, name: str = "report") -> None:
     """Log the tables of a report and its recommendation as a W&B run of its own.
 
     Does nothing if tracking is disabled. Errors of W&B are recorded in the run and not
-    raised.
+    raised, and W&B is not waited for longer than `MAX_WAIT_SECONDS`.
 
     Args:
         run: The run, whose `wandb` folder is written.
         job: Its job, with the `tracking` block.
         report: The report.
         name: Name and job type of the W&B run: report or benchmark.
+
+    Raises:
+        StaleAttempt: Another driver has taken over the run, so this one must stop writing.
     """
     mode = resolve_wandb_mode(job)
     if mode == "disabled":
         return
-    with ignore_tracking_errors(run):
-        _log_report(run, job, report, mode, name)
+    errors: list[BaseException] = []
+
+    def log() -> None:
+        try:
+            _log_report(run, job, report, mode, name)
+        # Whatever W&B's client may raise: tracking must not end a run.
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    thread = threading.Thread(target=log, name="tracking", daemon=True)
+    thread.start()
+    thread.join(MAX_WAIT_SECONDS)
+    if thread.is_alive():
+        end_wandb_processes()
+        run.add_event(TrackingFailedEvent(error=f"no answer for {MAX_WAIT_SECONDS:.0f} seconds"))
+    elif errors:
+        record_tracking_error(run, errors[0])
+
+
+def record_tracking_error(run: Run, error: BaseException) -> None:
+    """Record an error of W&B's client as an event; the results are stored in the run anyway.
+
+    Raises:
+        StaleAttempt: Another driver has taken over the run, so this one must stop writing.
+    """
+    if isinstance(error, StaleAttempt):
+        raise error
+    run.add_event(TrackingFailedEvent(error=f"{type(error).__name__}: {error}"[:500]))
+
+
+def end_wandb_processes() -> None:
+    """End W&B's service, which does not answer.
+
+    Otherwise this process would wait for it at its end. What it has written can be uploaded.
+    """
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("wandb-core"):
+                process.kill()
 
 
 def _log_report(run: Run, job: JobSpec, report: Report, mode: Mode, name: str) -> None:

@@ -103,10 +103,10 @@ class StartRecord(Record):
     restart: int
     """Number of times that Slurm had started the job before."""
     event: str
-    """`began`, `ended`, or why the job requeued itself; `settled`: Slurm told how it ended."""
+    """`began`, `ended`, or why the job requeued itself. `ended-by-slurm`: see `reason`."""
     submission: str | None = None
     reason: str = ""
-    """Of `settled`: how the job ended, with the job as `it`."""
+    """How Slurm ended the job, as a sentence about `it`; only with the event `ended-by-slurm`."""
 
 
 class FailureRecord(Record):
@@ -184,7 +184,7 @@ class TrialParams(Record):
 
 
 class Progress(Record):
-    """What a trial that has not ended has reached since its last report: its heartbeat."""
+    """Heartbeat of a trial that has not ended: its progress since the last report."""
 
     state: str | None = None
     results: int | None = None

@@ -255,13 +255,6 @@ class Trial:
         ]
         files.append_jsonl(self.path / "metrics.jsonl", *lines)
 
-    def read_progress(self) -> Progress:
-        """Return the heartbeat of the trial; empty if it does not run.
-
-        `Run.read_progress` reads those of many trials at once.
-        """
-        return Run(self.path.parent.parent).read_progress().get(self.id, Progress())
-
     def find_rung(self, rows: Sequence[MetricsRow]) -> int | None:
         """Return the last rung that the trial has reached, or None.
 

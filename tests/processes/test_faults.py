@@ -18,7 +18,7 @@ import pytest
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.events import RetryEvent
 from lorafleet.jobs.runs.run import Run
-from tests.conftest import JobMaker, lorafleet
+from tests.conftest import JobMaker, lorafleet, read_step
 from tests.processes.conftest import (
     PAIR,
     accuracy_of,
@@ -298,7 +298,7 @@ def test_nothing_is_left_behind(bert_job: JobMaker, place: Path) -> None:
         bert_job(train__max_steps=100_000, resources__workers_per_node=2), place, command="train"
     )
     wait_for(
-        lambda: any(trial.read_progress().step > 3 for trial in newest(place).list_trials()),
+        lambda: any(read_step(trial) > 3 for trial in newest(place).list_trials()),
         120,
     )
     process.send_signal(signal.SIGTERM)
@@ -313,7 +313,7 @@ def test_what_a_killed_driver_left_goes_with_the_next_start(
     process = begin(bert_job(PAIR), place)
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     wait_for(
-        lambda: any(trial.read_progress().step > 3 for trial in newest(place).list_trials()),
+        lambda: any(read_step(trial) > 3 for trial in newest(place).list_trials()),
         120,
     )
     kill_tree(process)

@@ -13,7 +13,7 @@ import pytest
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.events import RayEvent
 from lorafleet.jobs.runs.run import Run
-from tests.conftest import JobMaker, lorafleet
+from tests.conftest import JobMaker, lorafleet, read_step
 from tests.processes.conftest import (
     PAIR,
     RANDOM,
@@ -86,7 +86,7 @@ def test_nothing_of_ray_is_started(bert_job: JobMaker, place: Path) -> None:
     """One process trains and evaluates, besides the command and the supervisor of the driver."""
     process = begin(bert_job(train__max_steps=100_000), place, command="train")
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
-    wait_for(lambda: any(t.read_progress().step > 3 for t in newest(place).list_trials()))
+    wait_for(lambda: any(read_step(t) > 3 for t in newest(place).list_trials()))
     family = psutil.Process(process.pid).children(recursive=True)
     supervisor, driver = sorted(
         (one for one in family if "exec" in one.cmdline()), key=lambda one: one.create_time()
@@ -108,7 +108,7 @@ def test_a_driver_saves_and_ends_when_its_supervisor_is_killed(
 ) -> None:
     process = begin(bert_job(train__max_steps=100_000), place, command="train")
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
-    wait_for(lambda: any(t.read_progress().step > 3 for t in newest(place).list_trials()))
+    wait_for(lambda: any(read_step(t) > 3 for t in newest(place).list_trials()))
     run = newest(place)
     psutil.Process(psutil.Process(run.read_status().pid).ppid()).kill()
     shown, _ = process.communicate(timeout=60)

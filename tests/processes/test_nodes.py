@@ -15,7 +15,7 @@ import pytest
 
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run
-from tests.conftest import JobMaker, lorafleet
+from tests.conftest import JobMaker, lorafleet, read_step
 from tests.processes.conftest import Machines, begin, interrupt, newest, save, wait_for
 
 TWO = {"resources__num_nodes": 2}
@@ -109,12 +109,12 @@ def test_a_lost_machine_costs_a_restart_and_a_draining_one_is_left_in_time(
     machines.kill(wait_for(lambda: machines.used(run), 60))
     wait_for(lambda: trial.read_status().retries == {"worker_lost": 1}, 180)
     at = trial.read_metrics()[-1].step
-    wait_for(lambda: trial.read_progress().step > at, 240)
+    wait_for(lambda: read_step(trial) > at, 240)
     machines.workers.append(machines.add())
     drain(machines, wait_for(lambda: machines.used(run), 60))
     wait_for(lambda: trial.read_status().retries == {"worker_lost": 1, "preempted": 1}, 180)
     at = trial.read_metrics()[-1].step
-    wait_for(lambda: trial.read_progress().step > at, 240)
+    wait_for(lambda: read_step(trial) > at, 240)
     assert lorafleet("stop", run.id, cwd=place).returncode == ExitCode.OK
     shown, _ = process.communicate(timeout=240)
     assert process.returncode == ExitCode.INTERRUPTED, shown + log(run)
@@ -133,11 +133,11 @@ def test_a_warm_trial_leaves_a_draining_machine_in_time(
     (host,) = wait_for(lambda: machines.hosts("ResourceTrainable"), 180)
     run = newest(place)
     (trial,) = wait_for(run.list_trials)
-    wait_for(lambda: trial.read_progress().step > 3, 60)
+    wait_for(lambda: read_step(trial) > 3, 60)
     drain(machines, next(node for node in machines.workers if node.node_id == host))
     wait_for(lambda: trial.read_status().retries == {"preempted": 1}, 60)
-    at = trial.read_progress().step
-    wait_for(lambda: trial.read_progress().step > at, 120)
+    at = read_step(trial)
+    wait_for(lambda: read_step(trial) > at, 120)
     assert host not in machines.hosts("ResourceTrainable")
     interrupt(process)
     shown, _ = process.communicate(timeout=120)
@@ -156,7 +156,7 @@ def test_a_run_that_waits_for_machines_stops_soon(
     wait_for(lambda: machines.hosts("ResourceTrainable"), 180)
     run = newest(place)
     (trial,) = wait_for(run.list_trials)
-    wait_for(lambda: trial.read_progress().step > 3, 60)
+    wait_for(lambda: read_step(trial) > 3, 60)
     for node in [node for node in machines.workers if node.node_labels["pool"] == "one"]:
         machines.kill(node)
     wait_for(lambda: trial.read_status().retries == {"worker_lost": 1}, 180)

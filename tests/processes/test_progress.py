@@ -21,6 +21,7 @@ from lorafleet.tuning.progress import (
     open_exchange,
 )
 from lorafleet.tuning.trial_table import TrialTable
+from tests.conftest import read_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,8 +46,8 @@ def open_board(run: Run) -> ProgressBoard:
     return board
 
 
-def read_step(run: Run) -> int:
-    return run.get_trial("a").read_progress().step
+def read_a(run: Run) -> int:
+    return read_step(run.get_trial("a"))
 
 
 def poll_until(exchange: ProgressExchange, condition: Callable[[], bool]) -> None:
@@ -64,13 +65,13 @@ def test_progress_reaches_the_file_and_a_stop_reaches_the_trials(run: Run) -> No
         link, other = (pickle.loads(pickle.dumps(RayLink(exchange.actor))) for _ in range(2))
         assert not link.is_stop_requested()
         link.send_progress("a", Progress(step=3, total=9))
-        poll_until(exchange, lambda: read_step(run) == 3)
+        poll_until(exchange, lambda: read_a(run) == 3)
         stop_file.path.touch()
         poll_until(exchange, link.is_stop_requested)
         poll_until(exchange, other.is_stop_requested)
         link.send_progress("a", Progress(step=5, total=9))
     board.write()  # what was sent last is not lost
-    assert read_step(run) == 5
+    assert read_a(run) == 5
 
 
 def test_a_lost_actor_is_restarted(run: Run) -> None:
@@ -78,7 +79,7 @@ def test_a_lost_actor_is_restarted(run: Run) -> None:
     with open_exchange(board, stop_file) as exchange:
         link = RayLink(exchange.actor)
         link.send_progress("a", Progress(step=3))
-        poll_until(exchange, lambda: read_step(run) == 3)
+        poll_until(exchange, lambda: read_a(run) == 3)
         ray.kill(exchange.actor, no_restart=False)
         step = 3
 
@@ -86,7 +87,7 @@ def test_a_lost_actor_is_restarted(run: Run) -> None:
             nonlocal step
             step += 1
             link.send_progress("a", Progress(step=step))
-            return read_step(run) > 3
+            return read_a(run) > 3
 
         poll_until(exchange, has_arrived)
         assert not link.is_stop_requested()

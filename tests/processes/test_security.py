@@ -21,7 +21,7 @@ import pytest
 
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.stale_folders import remove_orphans
-from tests.conftest import JobMaker
+from tests.conftest import JobMaker, read_step
 from tests.processes.conftest import PAIR, begin, interrupt, newest, wait_for
 
 NOBODY = 65534
@@ -63,11 +63,7 @@ def test_another_user_cannot_join_the_ray_of_a_run(
     process = begin(bert_job(PAIR), place, HOME=str(home), HF_HOME=str(home / "hf"))
     try:
         scratch = wait_for(lambda: scratch_of(process))
-        wait_for(
-            lambda: (
-                newest(place).list_trials() and newest(place).list_trials()[0].read_progress().step
-            )
-        )
+        wait_for(lambda: newest(place).list_trials() and read_step(newest(place).list_trials()[0]))
         assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
         assert stat.S_IMODE((scratch / "token").stat().st_mode) == 0o600
         assert not list(home.glob(".ray/*"))
@@ -233,9 +229,7 @@ def test_what_a_killed_run_left_goes_with_the_next_command(bert_job: JobMaker, p
 
     process = begin(bert_job(PAIR), place)
     scratch = wait_for(lambda: scratch_of(process))
-    wait_for(
-        lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress().step
-    )
+    wait_for(lambda: newest(place).list_trials() and read_step(newest(place).list_trials()[0]))
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     drivers = [one for one in family if "exec" in one.cmdline()]
     for one in (psutil.Process(process.pid), *drivers):
@@ -256,9 +250,7 @@ def test_a_ray_that_dies_is_a_sentence(bert_job: JobMaker, place: Path, victim: 
 
     process = begin(bert_job(PAIR.replace("160000", "24000")), place)
     wait_for(lambda: scratch_of(process))
-    wait_for(
-        lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress().step
-    )
+    wait_for(lambda: newest(place).list_trials() and read_step(newest(place).list_trials()[0]))
     family = psutil.Process(process.pid).children(recursive=True)
     next(one for one in family if victim in one.name()).kill()
     said, _ = process.communicate(timeout=240)

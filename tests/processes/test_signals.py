@@ -21,7 +21,7 @@ from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.events import AttemptEvent
 from lorafleet.jobs.runs.run import RunState
 from lorafleet.training.checkpoint import find_newest_intact
-from tests.conftest import JobMaker, lorafleet
+from tests.conftest import JobMaker, lorafleet, read_step
 from tests.processes.conftest import begin, newest, save, wait_for
 
 STEPS = 3000
@@ -33,7 +33,7 @@ def training(place: Path) -> bool:
     if not (place / "runs").is_dir() or not list((place / "runs").iterdir()):
         return False
     trials = newest(place).list_trials()
-    return bool(trials) and trials[0].read_progress().step > 4
+    return bool(trials) and read_step(trials[0]) > 4
 
 
 def to_the_pid(process: subprocess.Popen[str]) -> None:
@@ -93,7 +93,7 @@ def check_stopped(place: Path, said: str = "") -> None:
     (trial,) = run.list_trials()
     # Not metrics.jsonl: a run that stops in its first evaluation has no row yet, that row is in the
     # checkpoint.
-    assert 0 < trial.read_progress().step < STEPS
+    assert 0 < read_step(trial) < STEPS
     assert find_newest_intact(trial.checkpoint)[0] is not None
     done = lorafleet("resume", run.path, cwd=place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr

@@ -16,7 +16,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.events import WarningEvent
 from lorafleet.jobs.runs.run import Run
-from tests.conftest import ASSETS, ROOT, JobMaker, lorafleet, opinions, write_rows
+from tests.conftest import ASSETS, ROOT, JobMaker, lorafleet, opinions, read_step, write_rows
 from tests.processes.conftest import (
     RANDOM,
     accuracy_of,
@@ -234,7 +234,7 @@ def test_ctrl_c_saves_and_resume_finishes(bert_job: JobMaker, place: Path) -> No
     process = begin(bert_job(slow), place)
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     run = newest(place)
-    wait_for(lambda: any(trial.read_progress().step > 3 for trial in run.list_trials()))
+    wait_for(lambda: any(read_step(trial) > 3 for trial in run.list_trials()))
     interrupt(process)
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == ExitCode.INTERRUPTED, shown

@@ -12,7 +12,7 @@ import pytest
 
 from lorafleet.jobs.runs.events import AttemptEvent, RayLeftEvent
 from lorafleet.jobs.runs.run import Run
-from tests.conftest import JobMaker
+from tests.conftest import JobMaker, read_step
 from tests.slurm.conftest import PLANTED, Login
 
 pytestmark = pytest.mark.ray
@@ -155,17 +155,16 @@ def test_a_setup_line_that_fails_is_named(
     assert login.left_behind() == []
 
 
-def test_a_promised_gpu_that_is_not_there_ends_the_job(login: Login, bert_job: JobMaker) -> None:
+def test_a_gpu_of_the_site_file_that_is_missing_ends_the_job(
+    login: Login, bert_job: JobMaker
+) -> None:
     """Slurm gives the job a GPU, and the node shows none."""
     login.write_site(gpus_per_node=1)
     run = login.submit(bert_job(SEARCH, resources__device="cpu"))
     record = login.ended(run, 60)
     assert (record.state, record.exit_code) == ("FAILED", 70)
     said = " ".join(login.lorafleet("status", run.id).stdout.split())
-    assert (
-        "node1 has no GPU (nvidia-smi is missing there, fails, or lists none that is visible), but"
-        in said
-    )
+    assert "node1 has no GPU (nvidia-smi is missing, fails, or lists no visible GPU), but" in said
     assert run.list_trials() == []
     done = login.lorafleet("doctor", "--on", "rig", check=False)
     assert done.returncode != 0
@@ -200,7 +199,7 @@ def test_two_sweeps_at_once_on_the_same_nodes(login: Login, bert_job: JobMaker) 
 
 def test_two_attempts_at_one_run(login: Login, bert_job: JobMaker) -> None:
     run = login.submit(bert_job(train__max_steps=4000), command="train")
-    login.when(run, lambda: any(trial.read_progress().step for trial in run.list_trials()))
+    login.when(run, lambda: any(read_step(trial) for trial in run.list_trials()))
     refused = login.lorafleet("resume", run.id, check=False)
     assert refused.returncode == 2
     assert "runs on node" in refused.stderr

@@ -14,7 +14,7 @@ import pytest
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.events import AttemptEvent
 from lorafleet.jobs.runs.run import Run, RunState
-from tests.conftest import JobMaker
+from tests.conftest import JobMaker, read_step
 from tests.slurm.conftest import Login
 
 pytestmark = pytest.mark.ray
@@ -221,7 +221,7 @@ def test_a_chain_of_jobs(login: Login, bert_job: JobMaker) -> None:
 def test_restarts_that_lead_nowhere(login: Login, bert_job: JobMaker) -> None:
     login.write_site(requeue={"max_restarts": 0, "signal_seconds": 60})
     run = login.submit(bert_job(GRID, train__checkpoint_minutes=60, train__eval_steps=625))
-    login.when(run, lambda: any(trial.read_progress().step for trial in run.list_trials()))
+    login.when(run, lambda: any(read_step(trial) for trial in run.list_trials()))
     login.rig.asked("scontrol", "requeue", login.job(run))
     login.start_now(run)
     assert login.ended(run).exit_code == 2
@@ -240,7 +240,7 @@ def test_what_follows_only_detaches(login: Login, bert_job: JobMaker) -> None:
     run = login.when(
         Run(login.home), lambda: next((Run(p) for p in login.runs.glob("*/slurm/jobs")), None)
     ) and Run(next(login.runs.iterdir()))
-    login.when(run, lambda: any(trial.read_progress().step for trial in run.list_trials()))
+    login.when(run, lambda: any(read_step(trial) for trial in run.list_trials()))
     follower.send_signal(signal.SIGINT)
     said, _ = follower.communicate(timeout=30)
     assert follower.returncode == 130

@@ -21,15 +21,15 @@ from lorafleet.cluster.execution.allocation import (
 )
 from lorafleet.cluster.execution.node import (
     PINNED,
-    NodePromise,
     NodeReport,
+    StatedResources,
     check_starts,
     choose_ports,
     collect_versions,
     count_starts_without_driver,
-    find_broken_promises,
     find_busy_ports,
     find_disagreements,
+    find_missing_resources,
     read_reports,
     stop_before_deletion,
 )
@@ -96,7 +96,7 @@ def test_a_head_without_gpus_has_no_driver_to_compare() -> None:
     )
 
 
-PROMISE = NodePromise(cpus=16, memory_gb=128, gpus=4, gpu_memory_gb=80)
+STATED = StatedResources(cpus=16, memory_gb=128, gpus=4, gpu_memory_gb=80)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ PROMISE = NodePromise(cpus=16, memory_gb=128, gpus=4, gpu_memory_gb=80)
         ({}, None),
         (
             {"gpus": 0, "gpu_memory_gib": 0.0, "driver": ""},
-            "node2 has no GPU (nvidia-smi is missing there, fails, or lists none that is visible), but "
+            "node2 has no GPU (nvidia-smi is missing, fails, or lists no visible GPU), but "
             "gpus_per_node of the site file is 4",
         ),
         ({"gpus": 3}, "node2 has only 3 GPUs, but gpus_per_node of the site file is 4"),
@@ -124,25 +124,26 @@ PROMISE = NodePromise(cpus=16, memory_gb=128, gpus=4, gpu_memory_gb=80)
         ({"cpus": None, "memory_gib": None}, None),
     ],
 )
-def test_what_the_site_file_promises_must_be_there(
+def test_what_the_site_file_states_must_be_there(
     changed: dict[str, Any], sentence: str | None
 ) -> None:
     whole = {"cpus": 16, "memory_gib": 125.0}
     reports = [report(1, **(whole | changed)), report(0, **whole)]
-    found = find_broken_promises(reports, PROMISE, head_works=True)
-    assert found == ([] if sentence is None else [sentence])
+    found = find_missing_resources(reports, STATED, head_works=True)
+    advice = "correct the site file, or have the node checked"
+    assert found == ([] if sentence is None else [f"{sentence}: {advice}"])
 
 
-def test_a_head_of_its_own_has_other_promises() -> None:
+def test_a_head_of_its_own_has_other_resources() -> None:
     head = report(0, gpus=0, gpu_memory_gib=0.0, cpus=2, memory_gib=8.0)
     reports = [head, report(1, cpus=16, memory_gib=125.0)]
-    assert find_broken_promises(reports, PROMISE, head_works=False) == []
-    assert len(find_broken_promises(reports, PROMISE, head_works=True)) == 3
+    assert find_missing_resources(reports, STATED, head_works=False) == []
+    assert len(find_missing_resources(reports, STATED, head_works=True)) == 3
 
 
-def test_a_site_file_without_the_memory_of_gpus_promises_none() -> None:
-    promise = PROMISE.model_copy(update={"gpu_memory_gb": 0.0})
-    assert find_broken_promises([report(0, gpu_memory_gib=8.0)], promise, head_works=True) == []
+def test_a_site_file_without_the_memory_of_gpus_demands_none() -> None:
+    stated = STATED.model_copy(update={"gpu_memory_gb": 0.0})
+    assert find_missing_resources([report(0, gpu_memory_gib=8.0)], stated, head_works=True) == []
 
 
 def test_the_environment_that_began_a_run_is_held_to() -> None:
@@ -241,8 +242,8 @@ def line(job: str, restart: int, event: str, submission: str | None = None) -> S
     return StartRecord(job=job, restart=restart, event=event, submission=submission)
 
 
-def settled(job: str, reason: str) -> StartRecord:
-    return StartRecord(job=job, restart=0, event="settled", reason=reason)
+def ended_by_slurm(job: str, reason: str) -> StartRecord:
+    return StartRecord(job=job, restart=0, event="ended-by-slurm", reason=reason)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def settled(job: str, reason: str) -> StartRecord:
         ([line("5", 0, "began"), line("5", 0, "preemption"), line("7", 0, "began")],
          "job 7 continues after job 5: it was preempted, after saving"),
         ([line("5", 0, "began"), line("5", 0, "ended"), line("7", 0, "began")], None),
-        ([line("5", 0, "began"), line("5", 0, "cut-off"), settled("5", "it was cancelled"), line("7", 0, "began")],
+        ([line("5", 0, "began"), line("5", 0, "cut-off"), ended_by_slurm("5", "it was cancelled"), line("7", 0, "began")],
          "job 7 continues after job 5: it was cancelled"),
     ],
 )  # fmt: skip

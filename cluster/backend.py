@@ -7,7 +7,7 @@ protocols, so a new kind of cluster needs no change in them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -207,6 +207,12 @@ class Cluster(Backend, Protocol):
         """Submit a short job that inspects nodes and writes `findings.json` into its folder.
 
         The caller watches the returned run like any other, and removes its folder.
+        """
+
+    def read_statuses(self, runs: Sequence[Run]) -> list[RunStatus]:
+        """Return the statuses of several runs of the site, with as few queries as possible.
+
+        Raises nothing, like `status`.
         """
 
     def kill(self, run: Run) -> None:

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lorafleet.cluster.backend import Backend, Cluster, RunBackend
-from lorafleet.cluster.submission import find_record
+from lorafleet.cluster.submission import SubmissionRecord, find_record
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.runs.trust import find_distrust_reason
 from lorafleet.jobs.sites.base import Site
@@ -74,6 +74,12 @@ def get_backend(run: Run, *, trust: bool = False) -> RunBackend:
         # Not `detect_site`: RAY_ADDRESS may be another one now, and this run needs no Ray to be
         # read or stopped.
         return create_local_backend()
-    backend: Cluster = _get_backend_class(record.kind).from_record(record)
+    backend = get_cluster_backend(record)
     backend.adopt_caches()
+    return backend
+
+
+def get_cluster_backend(record: SubmissionRecord) -> Cluster:
+    """Return the backend of a submission's record. Only for runs that are trusted."""
+    backend: Cluster = _get_backend_class(record.kind).from_record(record)
     return backend

@@ -16,12 +16,17 @@ from lorafleet.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from lorafleet.cluster.backend import RunStatus
     from lorafleet.jobs.runs.run import Run
 
 
 def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
-    """List every run, newest first."""
+    """List every run, newest first.
+
+    The queues and clusters of submitted runs are asked for their states, each once.
+    """
     from lorafleet.cluster.run_index import list_all_runs
+    from lorafleet.cluster.run_states import read_run_states
     from lorafleet.cluster.submitted_runs import list_submitted_runs
     from lorafleet.jobs.errors import RunError
     from lorafleet.jobs.runs.records import raise_damaged_file
@@ -30,17 +35,19 @@ def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
     damaged: list[str] = []
     local_runs = list_all_runs(runs, damaged)
     folders = {run.path.absolute() for run in local_runs}
-    for run in [
+    all_runs = [
         *local_runs,
         *(run for run in list_submitted_runs() if run.path.absolute() not in folders),
-    ]:
+    ]
+    states = read_run_states(all_runs)
+    for run in all_runs:
         try:
             with raise_damaged_file(run.path):
-                rows.append(_build_row(run))
+                rows.append(_build_row(run, states.statuses.get(run.path)))
         except RunError as error:
             damaged.append(str(error))
             rows.append({**dict.fromkeys(_COLUMNS, "-"), "run": run.id, "state": "damaged"})
-    for message in damaged:
+    for message in [*states.notes, *damaged]:
         print_message(f"note: {message}")
     if output is Format.JSON:
         print_json({"runs": rows})
@@ -64,21 +71,25 @@ def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
 _COLUMNS = ("run", "state", "on", "created", "trials", "ended", "mb")
 
 
-def _build_row(run: Run) -> dict[str, object]:
+def _build_row(run: Run, status: RunStatus | None) -> dict[str, object]:
     """Return a run's row of the table. Raises RunError if its files are damaged.
 
-    Reads local files only: no cluster is contacted, so the list is quick and works offline.
-    The state of a submitted run is the last recorded one.
+    Args:
+        status: What its cluster answered. None: the recorded state is shown.
     """
     from lorafleet.cluster.run_index import compute_folder_bytes
     from lorafleet.cluster.submission import find_record
 
     states = [trial.state for trial in run.list_trials()]
     record = find_record(run)
-    state = record.last.state if record is not None and record.last else run.state
+    state: str = record.last.state if record is not None and record.last else run.state
+    if status is not None:
+        state = status.state
+    elif run.has_lost_driver():
+        state = "lost its driver"
     return {
         "run": run.id,
-        "state": "lost its driver" if run.has_lost_driver() else str(state),
+        "state": str(state),
         "on": record.site_name if record is not None else "here",
         "created": _format_time(run.created),
         "trials": len(states),

@@ -6,6 +6,7 @@ It is found again by the job numbers in the run's folder.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lorafleet.cluster import submitted_runs as registry
@@ -359,9 +360,9 @@ class SlurmBackend:
         Raises:
             SlurmError: Slurm does not answer.
         """
-        return [
-            record for job in _read_job_ids(run) if (record := client.find_job(job)) is not None
-        ]
+        jobs = _read_job_ids(run)
+        found = client.find_jobs(jobs)
+        return [found[job] for job in jobs if job in found]
 
     def _load_live_records(self, run: Run) -> list[JobRecord]:
         """Return those of `_load_job_records` whose jobs wait or run."""
@@ -376,18 +377,39 @@ class SlurmBackend:
 
         The files decide if Slurm has forgotten the job or does not answer.
         """
+        return self._read_status(run, client.find_jobs)
+
+    def read_statuses(self, runs: Sequence[Run]) -> list[RunStatus]:
+        """Return the statuses of runs, from at most two queries to Slurm about all their jobs.
+
+        Of a run that says itself that it has ended, only the queue is asked: it may have been
+        submitted again.
+        """
+        jobs = {run.path: _read_job_ids(run) for run in runs}
+        ended = {run.path for run in runs if run.state not in (RunState.PENDING, RunState.RUNNING)}
+        try:
+            found = client.find_jobs(
+                [job for path, ids in jobs.items() if path not in ended for job in ids]
+            ) | client.find_queued_jobs([job for path in ended for job in jobs[path]])
+        except client.SlurmError as error:
+            return [self._read_status(run, _raise_again(error)) for run in runs]
+        return [self._read_status(run, lambda _jobs: found) for run in runs]
+
+    def _read_status(
+        self, run: Run, find_jobs: Callable[[Sequence[str]], Mapping[str, JobRecord]]
+    ) -> RunStatus:
         jobs = _read_job_ids(run)
         if not jobs:
             return RunStatus(
                 run.state, "it was not submitted to Slurm: submit it with `lorafleet resume`"
             )
         try:
-            records = self._load_job_records(run)
+            found = find_jobs(jobs)
         except client.SlurmError as error:
             return RunStatus(
                 run.state, f"{error}; the last recorded state is {run.state}", fresh=False
             )
-        return derive_status(run, jobs[-1], records)
+        return derive_status(run, jobs[-1], [found[job] for job in jobs if job in found])
 
     def check_site(self, runs: Path) -> Run:
         """Submit a short job that inspects nodes of the site, two if the site allows it.
@@ -455,6 +477,13 @@ class SlurmBackend:
         return f"{run.id} was removed from the queue; `lorafleet resume {run.id}` submits it again"
 
 
+def _raise_again(error: client.SlurmError) -> Callable[[Sequence[str]], Mapping[str, JobRecord]]:
+    def find_jobs(_jobs: Sequence[str]) -> Mapping[str, JobRecord]:
+        raise error
+
+    return find_jobs
+
+
 class SlurmWatch:
     """A watch on a run in the queue."""
 
@@ -510,6 +539,9 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
                 if get_job_state(record.state).run is RunState.RUNNING
             ),
             active_records[0],
+        )
+        current = dataclasses.replace(
+            current, restarts=max(current.restarts, _count_restarts(run, current))
         )
         return RunStatus(
             get_job_state(current.state).run, f"job {current.job_id} {_describe_record(current)}"
@@ -571,6 +603,17 @@ def _find_last_started(records: list[JobRecord]) -> JobRecord | None:
     """Return a chain's last job that started; cancelled successors carry no information."""
     started = [record for record in records if record.nodes or record.state != "CANCELLED"]
     return next(reversed(started or records), None)
+
+
+def _count_restarts(run: Run, record: JobRecord) -> int:
+    """Return how often the run's history says that a job was started again, or will be.
+
+    squeue does not tell it.
+    """
+    began = [line.restart for line in read_starts(run.path) if line.job == record.job_id]
+    if not began:
+        return 0
+    return max(began) + (get_job_state(record.state).run is RunState.PENDING)
 
 
 def _describe_record(record: JobRecord) -> str:

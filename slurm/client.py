@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -158,37 +159,56 @@ def find_submission_error(command: Sequence[str]) -> str | None:
 
 
 def find_job(job_id: str) -> JobRecord | None:
-    """Return the record of a job from squeue, else sacct, else scontrol; None if none knows it.
+    """Return the record of a job; None if Slurm does not know it.
+
+    Raises:
+        SlurmError: See `find_jobs`.
+    """
+    return find_jobs([job_id]).get(job_id)
+
+
+def find_jobs(job_ids: Sequence[str]) -> dict[str, JobRecord]:
+    """Return the records of jobs from squeue, else sacct, else scontrol.
 
     squeue is asked first because it answers everywhere, but it has no exit codes. sacct
     needs accounting, and squeue and scontrol forget a job some minutes after its end
-    (MinJobAge).
+    (MinJobAge). The number of queries to squeue and sacct does not grow with the jobs.
 
     Several lines for one id (array tasks, components of a heterogeneous job) are reduced to
     one: a running one if there is any, else a pending one.
 
+    Returns:
+        id -> record; jobs that no command knows are left out.
+
     Raises:
-        SlurmError: No command answered. If the controller is down, the job may still exist.
+        SlurmError: No command answered. If the controller is down, the jobs may still exist.
     """
-    ended_record: JobRecord | None = None
+    found: dict[str, JobRecord] = {}
     error: SlurmError | None = None
-    is_unknown = False
+    has_answer = False
     for fetch in (_fetch_from_squeue, _fetch_from_sacct, _fetch_from_scontrol):
+        # The exit code of an ended job is worth another query.
+        wanted = [job_id for job_id in job_ids if _is_incomplete(found.get(job_id))]
+        if not wanted:
+            break
         try:
-            records = fetch(job_id)
+            answer = fetch(wanted)
         except SlurmError as slurm_error:
             error = error or slurm_error
             continue
-        is_unknown = is_unknown or not records
-        if records:
+        has_answer = has_answer or not all(answer.get(job_id) for job_id in wanted)
+        for job_id, records in answer.items():
             record = min(records, key=_rank_record)
-            # The exit code of an ended job is worth another query.
-            if not get_job_state(record.state).ended or record.exit_code is not None:
-                return record
-            ended_record = ended_record or record
-    if ended_record is None and error is not None and not is_unknown:
+            if job_id not in found or not _is_incomplete(record):
+                found[job_id] = record
+    if error is not None and not has_answer and len(found) < len(set(job_ids)):
         raise error
-    return ended_record
+    return found
+
+
+def _is_incomplete(record: JobRecord | None) -> bool:
+    """Return whether another command may know more about a job."""
+    return record is None or (get_job_state(record.state).ended and record.exit_code is None)
 
 
 def _rank_record(record: JobRecord) -> int:
@@ -196,34 +216,83 @@ def _rank_record(record: JobRecord) -> int:
     return 2 if state.ended else 0 if state.run is RunState.RUNNING else 1
 
 
-def _fetch_from_squeue(job_id: str) -> list[JobRecord]:
+def find_queued_jobs(job_ids: Sequence[str]) -> dict[str, JobRecord]:
+    """Return the records of those jobs that wait or run, from one query to squeue.
+
+    Raises:
+        SlurmError: squeue did not answer.
+    """
+    answer = _query_squeue(job_ids) if job_ids else {}
+    return {job_id: min(records, key=_rank_record) for job_id, records in answer.items()}
+
+
+def _fetch_from_squeue(job_ids: Sequence[str]) -> dict[str, list[JobRecord]]:
+    # By default squeue leaves out jobs that have ended.
+    return _query_squeue(job_ids, "--states=all")
+
+
+def _query_squeue(job_ids: Sequence[str], *options: str) -> dict[str, list[JobRecord]]:
     output = run_command(
-        # By default squeue leaves out jobs that have ended.
-        ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--format={_SQUEUE_FORMAT}"]
+        [
+            "squeue",
+            "--noheader",
+            *options,
+            f"--jobs={','.join(job_ids)}",
+            f"--format={_SQUEUE_FORMAT}",
+        ]
     )
-    return _parse_output(output, parse_squeue)
+    return _group_by_id(_parse_output(output, parse_squeue), job_ids)
 
 
-def _fetch_from_sacct(job_id: str) -> list[JobRecord]:
+def _fetch_from_sacct(job_ids: Sequence[str]) -> dict[str, list[JobRecord]]:
     output = run_command(
         [
             "sacct",
             "--noheader",
             "--parsable2",
             "--allocations",
-            f"--jobs={job_id}",
+            f"--jobs={','.join(job_ids)}",
             f"--format={_SACCT_FORMAT}",
         ]
     )
-    if (
-        output.code
-    ):  # sacct does not know one of the fields; without accounting the JSON query fails too
-        return _parse_output(run_command(["sacct", "--json", f"--jobs={job_id}"]), parse_json)
-    return parse_sacct(output.out)
+    if not output.code:
+        return _group_by_id(parse_sacct(output.out), job_ids)
+    # sacct does not know one of the fields; without accounting the JSON query fails too. One job
+    # at a time: JSON has another id for each task of an array.
+    return _fetch_each(
+        job_ids,
+        lambda job_id: _parse_output(
+            run_command(["sacct", "--json", f"--jobs={job_id}"]), parse_json
+        ),
+    )
 
 
-def _fetch_from_scontrol(job_id: str) -> list[JobRecord]:
-    return _parse_output(run_command(["scontrol", "show", "job", "-o", job_id]), parse_scontrol)
+def _fetch_from_scontrol(job_ids: Sequence[str]) -> dict[str, list[JobRecord]]:
+    return _fetch_each(
+        job_ids,
+        lambda job_id: _parse_output(
+            run_command(["scontrol", "show", "job", "-o", job_id]), parse_scontrol
+        ),
+    )
+
+
+def _fetch_each(
+    job_ids: Sequence[str], fetch: Callable[[str], list[JobRecord]]
+) -> dict[str, list[JobRecord]]:
+    answers = {job_id: fetch(job_id) for job_id in job_ids}
+    return {job_id: records for job_id, records in answers.items() if records}
+
+
+def _group_by_id(
+    records: Sequence[JobRecord], job_ids: Sequence[str]
+) -> dict[str, list[JobRecord]]:
+    """Return the records of each job: 12_3, 12_[4-9] and 12+1 belong to job 12."""
+    groups: dict[str, list[JobRecord]] = {}
+    for record in records:
+        for job_id in {record.job_id, re.split(r"[_+]", record.job_id, maxsplit=1)[0]}:
+            if job_id in job_ids:
+                groups.setdefault(job_id, []).append(record)
+    return groups
 
 
 def _parse_output(

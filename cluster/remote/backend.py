@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
 from lorafleet.cluster import submitted_runs as registry
-from lorafleet.cluster.backend import Say
+from lorafleet.cluster.backend import RunStatus, Say
 from lorafleet.cluster.fetch import fetch_asset, fetch_job
 from lorafleet.cluster.remote import staging
 from lorafleet.cluster.remote.place import CommandRunner, download_new_record, upload_items
@@ -130,6 +131,23 @@ class RemoteBackend(ABC, Generic[AwaySite]):
             f"job. Check with `lorafleet status {run.id}`; `lorafleet resume {run.id}` submits it "
             "if the cluster did not"
         ) from error
+
+    @abstractmethod
+    def status(self, run: Run) -> RunStatus:
+        """Return the run's status from the cluster."""
+
+    def read_statuses(self, runs: Sequence[Run]) -> list[RunStatus]:
+        """Return the statuses of runs.
+
+        A cluster that does not answer is asked once, not once for each run.
+        """
+        statuses: list[RunStatus] = []
+        for run in runs:
+            if statuses and not statuses[-1].fresh:
+                statuses.append(RunStatus(run.state, statuses[-1].message, fresh=False))
+            else:
+                statuses.append(self.status(run))
+        return statuses
 
     @abstractmethod
     def collect_findings(self) -> list[Finding]:

@@ -19,7 +19,7 @@ def test_list_follows_the_queue(login: Login, bert_job: JobMaker) -> None:
     blockers = [login.rig.sbatch("sleep 600", "--exclusive") for _ in range(login.rig.nodes)]
     waiting, cancelled = login.submit(bert_job(SEARCH)), login.submit(bert_job(SEARCH))
     assert list_states(login) == {waiting.id: "pending", cancelled.id: "pending"}
-    assert "has not started" in login.lorafleet("logs", waiting.id).stderr
+    assert "has no log yet. It is pending: job" in login.lorafleet("logs", waiting.id).stderr
     # By an administrator, for instance: nothing of the run itself notices.
     login.rig.asked("scancel", login.job(cancelled))
     login.when(cancelled, lambda: login.over(cancelled))

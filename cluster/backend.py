@@ -215,6 +215,15 @@ class Cluster(Backend, Protocol):
         Raises nothing, like `status`.
         """
 
+    def submit_probe(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
+        """Submit a short job that runs `lorafleet node probe` on one node; return its run.
+
+        The job writes `pace.json` into the run's folder.
+
+        Raises:
+            UserError: The submission failed, or the backend has no probe.
+        """
+
     def kill(self, run: Run) -> None:
         """Kill a run's jobs, waiting or running; nothing is saved.
 

@@ -67,9 +67,11 @@ class LocalBackend:
         """
         # Imported here: planning builds the schema of the whole job, which `status` does not need.
         from lorafleet.cluster.local_site import detect_local_site
+        from lorafleet.cluster.planning.earlier_runs import read_earlier_trials
         from lorafleet.cluster.planning.plan import make_plan
 
-        return make_plan(loaded, self._site or detect_local_site(), command)
+        earlier = read_earlier_trials(loaded.job.model.model_name_or_path, "here")
+        return make_plan(loaded, self._site or detect_local_site(), command, earlier=earlier)
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
         """Return no problems: the plan has already made every check."""

@@ -59,49 +59,13 @@ def doctor(
 def _check_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
     """Submit the check as a job, wait for it, and remove its folder.
 
-    An interrupt kills the job, which has nothing to save.
-
     Raises:
-        UserError: The job ended before it checked anything; the message has the end of its
-            log.
+        UserError: The job ended before it checked anything.
     """
-    import contextlib
-    import shutil
-    import time
-
     from lorafleet.cluster.doctor import Finding
-    from lorafleet.jobs import files
-    from lorafleet.jobs.errors import UserError
+    from lorafleet.cluster.probe import follow_short_job
 
     backend = load_cluster(on, nodes)
-    folder = backend.resolve_runs_dir(runs)
-    run = backend.check_site(folder)
-    last_message, code = "", None
-    try:
-        # Backends without a shared disk have done their checks already.
-        report = files.read_json(run.path / "findings.json")
-        watch = None if report else backend.watch(run)
-        while watch and (code := watch.poll()) is None:
-            message = watch.status.message
-            if message not in ("", last_message):
-                last_message = message
-                print_message(message)
-            time.sleep(0.5)
-        report = report or files.read_json(run.path / "findings.json")
-        if watch and not report:
-            # A job that ended before its driver has written only Slurm's output file.
-            log = (run.path / "logs" / "driver.log", *sorted((run.path / "slurm").glob("*.out")))
-            log_end = "\n".join(
-                path.read_text(errors="replace")[-1500:] for path in log if path.is_file()
-            )
-            raise UserError(
-                f"{log_end}\nthe job ended with exit code {code} before it checked anything: "
-                f"{watch.status.message}"
-            )
-    except KeyboardInterrupt:
-        with contextlib.suppress(UserError):
-            backend.kill(run)
-        raise
-    finally:
-        shutil.rmtree(run.path, ignore_errors=True)
+    run = backend.check_site(backend.resolve_runs_dir(runs))
+    report = follow_short_job(backend, run, "findings.json", print_message)
     return [Finding(**finding) for finding in report["findings"]]

@@ -92,6 +92,18 @@ def examine(folder: Path) -> None:
 
 
 @node.command()
+def probe(run: Path) -> None:
+    """Measure a few steps of the run's first trial, for `lorafleet plan --probe`."""
+    from lorafleet.cluster.probe import PACE_FILE, measure_rate
+    from lorafleet.jobs import files
+    from lorafleet.jobs.runs.plan import read_plan
+
+    folder = run.absolute()
+    rate = measure_rate(read_plan(folder / "plan.json"), folder)
+    files.write_json(folder / PACE_FILE, rate.model_dump())
+
+
+@node.command()
 def failed(run: Path, sentence: str) -> None:
     """Record in the run's state why its driver never started."""
     from lorafleet.cluster.execution.node import mark_failed

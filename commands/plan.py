@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from lorafleet.commands.common import (
     Overrides,
     Runs,
     get_backend,
+    load_cluster,
     make_console,
     print_message,
     print_notes,
@@ -27,7 +29,9 @@ from lorafleet.jobs.text import format_count
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lorafleet.jobs.runs.plan import Plan, PlannedTrial
+    from lorafleet.cluster.backend import Backend, Cluster
+    from lorafleet.jobs.loading.job_file import LoadedJob
+    from lorafleet.jobs.runs.plan import Plan, PlannedTrial, TrainingRate
 
 
 class PlanFormat(StrEnum):
@@ -52,11 +56,20 @@ def plan(
     output: PlanOutput = PlanFormat.TEXT,
     train: Annotated[bool, typer.Option("--train", help="Plan `lorafleet train`.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Plan `lorafleet compare`.")] = False,
+    script: Annotated[
+        bool, typer.Option("--script", help="Print the files that go to the cluster, whole.")
+    ] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Measure a few steps of one trial, on a node of the site."),
+    ] = False,
 ) -> None:
-    """Print every trial with its values, placement, memory and steps, and what ASHA saves."""
+    """Print every trial with its values, placement, memory and steps, and what ASHA saves.
+
+    Of the files that go to a cluster, only what this job and the site decide is shown.
+    """
     from lorafleet.cluster.planning.preflight import load_checked
     from lorafleet.jobs.errors import JobFileError, Problem
-    from lorafleet.jobs.runs.plan import MANIFEST
 
     loaded = load_checked(job, tuple(overrides or ()), require_weights=False)
     if compare and loaded.job.compare is None:
@@ -80,50 +93,115 @@ def plan(
     command = (
         "compare" if is_comparison else "train" if train or loaded.job.search is None else "sweep"
     )
-    backend = get_backend(on, nodes)
+    cluster = load_cluster(on, nodes) if on is not None else None
+    backend: Backend = cluster or get_backend(None, nodes)
     job_plan = backend.plan(loaded, command)
+    if probe:
+        job_plan = job_plan.model_copy(
+            update={"rate": _measure_rate(cluster, job_plan, loaded, runs)}
+        )
     # After the plan: a job that the cluster refuses can still be looked at.
     refused, unchecked = backend.check(job_plan)
     if output is PlanFormat.YAML:
         _print_manifest(job_plan, unchecked, refused)
-        raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
-    if output is PlanFormat.JSON:
-        from lorafleet.jobs.text import make_json_printable
-
-        typer.echo(
-            make_json_printable(
-                job_plan.model_copy(
-                    update={"notes": [*job_plan.notes, *unchecked, *refused]}
-                ).model_dump_json(indent=2)
-            )
-        )
-        raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
-    print_notes(loaded.notes)
-    # The plan's notes begin with those of the job, which are printed already.
-    for note in job_plan.notes[len(loaded.notes) :]:
-        print_message(f"note: {note}")
-    screen = make_console()
-    screen.print(render_plan(job_plan, screen.width))
-    name = f"{job_plan.job.name}-..."
-    folder = backend.describe_run_location(name, runs)
-    make_console().print(f"run folder      {folder}", markup=False)
-    if job_plan.files:
-        machines = format_count(
-            job_plan.nodes, "worker pod" if MANIFEST in job_plan.files else "node"
-        )
-        make_console().print(f"job             {machines} of site {job_plan.site}", markup=False)
-    if job_plan.command_line:
-        make_console().print(
-            f"submitted by    {job_plan.command_line}", markup=False, soft_wrap=True
-        )
-    for name, text in job_plan.files.items():
-        print_text(f"\n----- {name}\n{text.rstrip()}")
-    for message in unchecked:
-        print_message(f"note: {message}")
-    for message in refused:
-        print_message(f"refused: {message}")
+    elif output is PlanFormat.JSON:
+        _print_json(job_plan, [*unchecked, *refused])
+    else:
+        print_notes(loaded.notes)
+        # The plan's notes begin with those of the job, which are printed already.
+        for note in job_plan.notes[len(loaded.notes) :]:
+            print_message(f"note: {note}")
+        name = f"{job_plan.job.name}-..."
+        _print_text(job_plan, backend.describe_run_location(name, runs), whole_script=script)
+        for message in unchecked:
+            print_message(f"note: {message}")
+        for message in refused:
+            print_message(f"refused: {message}")
     if refused:
         raise typer.Exit(ExitCode.GATE_REFUSED)
+
+
+def _measure_rate(
+    cluster: Cluster | None, job_plan: Plan, loaded: LoadedJob, runs: Path
+) -> TrainingRate:
+    """Measure the speed of the first trial where the run would execute.
+
+    Raises UserError if that is a place without a probe, or if the measurement fails.
+    """
+    import os
+    import tempfile
+
+    from lorafleet.cluster.probe import measure_rate, measure_rate_on
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.extras import require_training
+
+    if cluster is not None:
+        folder = cluster.resolve_runs_dir(runs)
+        return measure_rate_on(cluster, job_plan, loaded, folder, print_message)
+    if os.environ.get("RAY_ADDRESS"):
+        raise UserError(
+            "--probe does not measure on the Ray of RAY_ADDRESS, only on this machine or a Slurm "
+            "site: leave it out"
+        )
+    require_training("measuring the speed of a trial")
+    with tempfile.TemporaryDirectory(prefix="lorafleet-") as scratch:
+        return measure_rate(job_plan, Path(scratch))
+
+
+def _print_json(job_plan: Plan, more_notes: list[str]) -> None:
+    from lorafleet.jobs.text import make_json_printable
+
+    complete = job_plan.model_copy(update={"notes": [*job_plan.notes, *more_notes]})
+    typer.echo(make_json_printable(complete.model_dump_json(indent=2)))
+
+
+def _print_text(job_plan: Plan, folder: str, *, whole_script: bool) -> None:
+    from lorafleet.jobs.runs.plan import MANIFEST
+
+    screen = make_console()
+    screen.print(render_plan(job_plan, screen.width))
+    screen.print(f"run folder      {folder}", markup=False)
+    if job_plan.files:
+        noun = "worker pod" if MANIFEST in job_plan.files else "node"
+        machines = format_count(job_plan.nodes, noun)
+        if job_plan.tasks:
+            machines = f"{format_count(job_plan.tasks, 'array task')} and a job that merges them"
+        screen.print(f"job             {machines}, on site {job_plan.site}", markup=False)
+    if job_plan.command_line:
+        screen.print(f"submitted by    {job_plan.command_line}", markup=False, soft_wrap=True)
+    if whole_script:
+        for name, text in job_plan.files.items():
+            print_text(f"\n----- {name}\n{text.rstrip()}")
+    elif job_plan.files:
+        print_text("\n".join(fold_files(job_plan.files)))
+
+
+def fold_files(texts: dict[str, str]) -> list[str]:
+    """Return the lines that stand for the files of a job: their sizes, and what was decided.
+
+    Of a batch script that is its #SBATCH lines, of a manifest its objects.
+    """
+    sizes = ", ".join(
+        f"{name} ({format_count(len(text.splitlines()), 'line')})" for name, text in texts.items()
+    )
+    lines = [f"script          {sizes}; --script prints all of it"]
+    for text in texts.values():
+        decided = [line for line in text.splitlines() if line.startswith("#SBATCH ")]
+        if not decided and text.lstrip().startswith("apiVersion:"):
+            decided = _list_objects(text)
+        lines += [f"{'':<16}{line}" for line in decided]
+    return lines
+
+
+def _list_objects(manifest: str) -> list[str]:
+    """Return `KIND NAME` for each object of a manifest."""
+    import yaml
+
+    return [
+        f"{document['kind']} {document['metadata']['name']}"
+        for document in yaml.safe_load_all(manifest)
+        if document
+    ]
 
 
 def _print_manifest(job_plan: Plan, unchecked: list[str], refused: list[str]) -> None:
@@ -232,7 +310,7 @@ def _format_gib(trial: PlannedTrial, job_plan: Plan) -> str:
         return "-"
     available_gib = job_plan.gpu_memory_gib
     return f"{trial.memory.expected:.1f}" + (
-        " does not fit" if available_gib and trial.memory.expected > available_gib else ""
+        " does not fit" if available_gib and trial.memory.required > available_gib else ""
     )
 
 
@@ -306,7 +384,8 @@ def describe_plan(job_plan: Plan) -> list[str]:
         if job_plan.job.is_generative and job_plan.data
         else f"training rows   {rows}",
         f"one step        {_describe_steps(job_plan)}",
-        f"placement       {format_count(placement.slots, 'trial')} in parallel, each {each}; "
+        f"placement       {format_count(placement.slots, 'trial')} in parallel"
+        f"{_describe_tasks(job_plan)}, each {each}; "
         f"{format_count(placement.waves, 'wave')} if no trial is stopped early; limited by "
         f"{placement.limited_by}",
         f"strategy        {job_plan.strategy}",
@@ -335,6 +414,12 @@ def describe_plan(job_plan: Plan) -> list[str]:
             f"memory          {job_plan.memory.low:.1f} / {job_plan.memory.expected:.1f} / "
             f"{job_plan.memory.high:.1f} GiB of {job_plan.memory.of} (low / expected / high): "
             f"{parts}"
+            + (
+                f"; earlier trials of this shape had at most {job_plan.memory.measured:.1f}, which "
+                "decides"
+                if job_plan.memory.measured is not None
+                else ""
+            )
         )
     else:
         lines.append(
@@ -347,4 +432,56 @@ def describe_plan(job_plan: Plan) -> list[str]:
             f"parallel, saved at least every {job_plan.job.train.checkpoint_minutes:g} minutes; "
             "the previous checkpoint is kept too"
         )
+    lines += _describe_time(job_plan)
+    lines += [
+        f"{'unused' if number == 0 else '':<16}{line}" for number, line in enumerate(job_plan.waste)
+    ]
     return lines
+
+
+def _describe_tasks(job_plan: Plan) -> str:
+    """Return how many array tasks share the trials; empty without a job array."""
+    if not job_plan.tasks:
+        return ""
+    at_once = (
+        f" ({job_plan.max_running_tasks} at once)"
+        if job_plan.max_running_tasks < job_plan.tasks
+        else ""
+    )
+    return f" in each of {format_count(job_plan.tasks, 'array task')}{at_once}"
+
+
+def _describe_time(job_plan: Plan) -> list[str]:
+    """Return lines on the expected duration and, with GPUs, GPU-hours; none without a rate."""
+    rate, placement = job_plan.rate, job_plan.placement
+    if rate is None:
+        return []
+    expected, most = (
+        rows * rate.seconds_per_row for rows in (job_plan.expected_samples, job_plan.worst_samples)
+    )
+    slots = placement.slots * max(1, job_plan.max_running_tasks)
+    parallel = slots * placement.workers
+    is_queued = bool(job_plan.files)
+    come_on_top = f"start-up {'and waiting in the queue come' if is_queued else 'comes'} on top"
+    unit = "GPU" if placement.gpus_per_worker else "process"
+    lines = [
+        f"duration        {_format_span(expected, most, parallel)} with "
+        f"{format_count(slots, 'trial')} in parallel, at "
+        f"{1000 * rate.seconds_per_row:.3g} ms of a {unit} per row (measured: {rate.source}); "
+        f"{come_on_top}"
+    ]
+    if placement.gpus_per_worker:
+        lines.append(
+            f"GPU-hours       {expected / 3600:.3g}"
+            + (f" expected, {most / 3600:.3g} at most" if most > expected else "")
+        )
+    return lines
+
+
+def _format_span(expected: float, most: float, parallel: int) -> str:
+    from lorafleet.evaluation.report.format import format_duration
+
+    text = format_duration(expected / parallel)
+    if most <= expected:
+        return text
+    return f"{text} expected, {format_duration(most / parallel)} at most,"

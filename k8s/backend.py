@@ -17,6 +17,7 @@ import yaml
 
 from lorafleet.cluster import submitted_runs as registry
 from lorafleet.cluster.backend import RunStatus, Say, WeightSelection, ignore_message
+from lorafleet.cluster.planning.earlier_runs import read_earlier_trials
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.remote.backend import RemoteBackend
 from lorafleet.cluster.remote.place import CommandRunner
@@ -101,7 +102,11 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         """
         nodes = choose_node_count(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
         plan = make_plan(
-            loaded, self.site.build_allocation(nodes), command, self.site.allow_environment
+            loaded,
+            self.site.build_allocation(nodes),
+            command,
+            self.site.allow_environment,
+            read_earlier_trials(loaded.job.model.model_name_or_path, self.site.name),
         )
         placement = plan.placement.model_copy(
             update={"labels": plan.placement.labels | WORKER_LABELS}

@@ -23,6 +23,7 @@ from lorafleet.cluster.backend import RunStatus, Say, WeightSelection, ignore_me
 from lorafleet.cluster.execution.allocation import read_starts
 from lorafleet.cluster.execution.node import request_stop
 from lorafleet.cluster.fetch import fetch_asset, fetch_job
+from lorafleet.cluster.planning.earlier_runs import read_earlier_trials
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.submission import SubmissionRecord, read_record, write_record, write_run
 from lorafleet.jobs import files
@@ -124,9 +125,17 @@ class SlurmBackend:
             check_array(loaded.job, self.site.name)
         nodes = choose_node_count(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
         plan = make_plan(
-            loaded, self.site.build_allocation(nodes), command, self.site.allow_environment
+            loaded,
+            self.site.build_allocation(nodes),
+            command,
+            self.site.allow_environment,
+            read_earlier_trials(loaded.job.model.model_name_or_path, self.site.name),
         )
         tasks = -(-len(plan.trials) // self.site.array.trials_per_task) if is_array else 0
+        placement = plan.placement
+        if is_array:  # each task has its own trials, on a node of its own
+            waves = -(-min(len(plan.trials), self.site.array.trials_per_task) // placement.slots)
+            placement = placement.model_copy(update={"waves": waves})
         array_spec = format_array(self.site, tasks) if is_array else None
         line = build_submit_command(
             Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1, array=array_spec
@@ -136,6 +145,8 @@ class SlurmBackend:
                 "site": self.site.name,
                 "nodes": nodes,
                 "tasks": tasks,
+                "max_running_tasks": min(tasks, self.site.array.max_running or tasks),
+                "placement": placement,
                 "files": self._render_job_files(f"{plan.command}: {plan.job.name}", nodes),
                 "command_line": shlex.join(line),
             }
@@ -180,6 +191,7 @@ class SlurmBackend:
         problems = [f"bash -n {name}: {complaint}" for name, complaint in _check_syntax(plan.files)]
         checks: tuple[Callable[[Plan], str | None], ...] = (
             self._check_with_sbatch,
+            self._check_array_size,
             self._check_time_limit,
             self._check_account,
         )
@@ -197,9 +209,30 @@ class SlurmBackend:
             for name, text in plan.files.items():
                 (folder / name).write_text(text)
             complaint = client.find_submission_error(
-                build_submit_command(folder / JOB, folder, plan.job.name, 1)
+                build_submit_command(
+                    folder / JOB,
+                    folder,
+                    plan.job.name,
+                    1,
+                    array=format_array(self.site, plan.tasks) if plan.tasks else None,
+                )
             )
         return f"sbatch --test-only: {complaint}" if complaint else None
+
+    def _check_array_size(self, plan: Plan) -> str | None:
+        """Return a message if the job array has more tasks than Slurm allows, or None."""
+        limit = client.get_max_array_size() if plan.tasks else None
+        if limit is None or plan.tasks <= limit:
+            return None
+        per_task = -(-len(plan.trials) // limit) if limit else 0
+        return (
+            f"the job array would have {plan.tasks:,} tasks, but Slurm's MaxArraySize allows "
+            f"{limit:,}: raise array.trials_per_task of site {self.site.name} from "
+            f"{self.site.array.trials_per_task} to {per_task} or more"
+            if limit
+            else "Slurm's MaxArraySize is 0, so this cluster has no job arrays: use launch: ray in "
+            f"the file of site {self.site.name}"
+        )
 
     def _check_time_limit(self, _plan: Plan) -> str | None:
         """Return a message if the time limit is above that of every partition, or None.
@@ -424,22 +457,38 @@ class SlurmBackend:
             UserError: The job could not be submitted; nothing is left behind.
         """
         nodes = self.asked_nodes or min(2, self.site.max_nodes or 2)
+        run = Run.create(runs, "doctor", self.site.share)
+        self._submit_short_job(run, "doctor", nodes, "node examine")
+        return run
+
+    def submit_probe(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
+        """Submit a short job that measures a few steps of the first trial on one node.
+
+        Returns:
+            The run of the job: a run's folder, in which the job writes pace.json.
+
+        Raises:
+            UserError: The job could not be submitted; nothing is left behind.
+        """
+        _check_fetched(loaded)
+        run = write_run(plan, loaded, runs, self.site.share)
+        self._submit_short_job(run, "probe", 1, "node probe")
+        return run
+
+    def _submit_short_job(self, run: Run, title: str, nodes: int, verb: str) -> None:
+        """Submit a job of at most 15 minutes that never requeues; remove the run if it fails."""
         short_settings = {
             "time_limit": "15",
             "requeue": RequeueSpec(policy="none", signal_seconds=60),
         }
         backend = SlurmBackend(self.site.model_copy(update=short_settings), nodes)
-        run = Run.create(runs, "doctor", self.site.share)
         try:
-            for name, text in backend._render_job_files(
-                "doctor", nodes, "node examine", stage=False
-            ).items():
+            for name, text in backend._render_job_files(title, nodes, verb, stage=False).items():
                 files.write_text(run.path / _FOLDER / name, text)
             backend._submit_jobs(run, 1)
         except BaseException:
             shutil.rmtree(run.path, ignore_errors=True)
             raise
-        return run
 
     def kill(self, run: Run) -> None:
         """Cancel the jobs of a run; nothing is saved."""

@@ -344,6 +344,16 @@ def get_partition_limit(partition: str | None) -> tuple[str, str] | None:
     return None
 
 
+def get_max_array_size() -> int | None:
+    """Return the largest number of tasks of a job array; None if it cannot be read.
+
+    Slurm's MaxArraySize is one above the largest index.
+    """
+    output = run_command(["scontrol", "show", "config"])
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", output.out, re.MULTILINE)
+    return int(match[1]) if match and not output.code else None
+
+
 def list_accounts() -> set[str] | None:
     """Return the accounts that this user may charge; None if there is no accounting."""
     user = os.environ.get("USER") or ""

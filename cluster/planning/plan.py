@@ -8,10 +8,16 @@ possible before anything is downloaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafleet.cluster.planning.earlier_runs import (
+    EarlierTrial,
+    build_data_key,
+    find_peak,
+    find_rate,
+)
 from lorafleet.cluster.planning.memory import (
     compute_checkpoint_bytes,
     count_trained_parameters,
@@ -19,6 +25,7 @@ from lorafleet.cluster.planning.memory import (
 )
 from lorafleet.cluster.planning.model_shape import Shape, parse_shape
 from lorafleet.cluster.planning.refusals import refuse_attention, refuse_environment, uses_gpu
+from lorafleet.cluster.planning.waste import describe_waste
 from lorafleet.evaluation.metrics.baselines import evaluate_majority_class
 from lorafleet.evaluation.report.verdict import check_rows
 from lorafleet.jobs.data.hub import count_parameters, read_model_config
@@ -28,7 +35,7 @@ from lorafleet.jobs.data.rows import Rows, load_rows
 from lorafleet.jobs.errors import AssetError, JobFileError, Problem
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.loading.unused_fields import collect_unused_notes
-from lorafleet.jobs.runs.plan import MemoryEstimate, Plan, PlannedTrial
+from lorafleet.jobs.runs.plan import MemoryEstimate, Plan, PlannedTrial, TrainingRate
 from lorafleet.jobs.schema.compatibility import WEIGHT_SHARDING_STRATEGIES, find_unsupported
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.precision import describe_planned_formats
@@ -85,13 +92,20 @@ class _JobInputs:
         return len(self.rows.labels) if self.rows else 2
 
 
-def make_plan(loaded: LoadedJob, site: Site, command: str, allowed: Collection[str] = ()) -> Plan:
+def make_plan(
+    loaded: LoadedJob,
+    site: Site,
+    command: str,
+    allowed: Collection[str] = (),
+    earlier: Sequence[EarlierTrial] = (),
+) -> Plan:
     """Return the plan of what a command would do.
 
     Args:
         command: One of `sweep`, `train`, `compare`, `export` and `benchmark`.
         allowed: The variables that the site lets a job set although they change which code
             runs.
+        earlier: What trials of this base model measured on this site.
 
     Raises:
         UserError: The job could not start.
@@ -103,7 +117,9 @@ def make_plan(loaded: LoadedJob, site: Site, command: str, allowed: Collection[s
         "search" if command == "compare" else "compare"
     )  # a section that the command does not use must not affect the plan
     loaded = dataclasses.replace(loaded, job=loaded.job.model_copy(update={unused_section: None}))
-    return _plan_arms(loaded, site) if command == "compare" else _build_plan(loaded, site, command)
+    if command == "compare":
+        return _plan_arms(loaded, site, earlier)
+    return _build_plan(loaded, site, command, earlier)
 
 
 def _plan_delivery(loaded: LoadedJob, site: Site, command: str) -> Plan:
@@ -124,7 +140,7 @@ def _plan_delivery(loaded: LoadedJob, site: Site, command: str) -> Plan:
     )
 
 
-def _plan_arms(loaded: LoadedJob, site: Site) -> Plan:
+def _plan_arms(loaded: LoadedJob, site: Site, earlier: Sequence[EarlierTrial]) -> Plan:
     """Return the plan of a comparison.
 
     The arms' searches run one after another; then each arm's best configuration is trained
@@ -137,7 +153,7 @@ def _plan_arms(loaded: LoadedJob, site: Site) -> Plan:
         loaded_arm = dataclasses.replace(
             loaded, job=arms.build_search_job(job, name, samples), notes=()
         )
-        plans[name] = _build_plan(loaded_arm, site, "sweep")
+        plans[name] = _build_plan(loaded_arm, site, "sweep", earlier)
     training_plan = _build_plan(
         dataclasses.replace(loaded, job=job.model_copy(update={"compare": None})), site, "train"
     )
@@ -146,7 +162,7 @@ def _plan_arms(loaded: LoadedJob, site: Site) -> Plan:
             update={"job": job, "command": "compare", "trials": [], "worst_samples": 0}
         )
     # The arm that needs most memory decides whether the comparison fits.
-    largest = max(plans.values(), key=lambda plan: plan.memory.expected if plan.memory else 0.0)
+    largest = max(plans.values(), key=lambda plan: plan.memory.required if plan.memory else 0.0)
     notes = [*loaded.notes, *(note for plan in plans.values() for note in plan.notes), *note]
     return largest.model_copy(
         update={
@@ -166,8 +182,25 @@ def _plan_arms(loaded: LoadedJob, site: Site) -> Plan:
             "expected_samples": sum(plan.expected_samples for plan in plans.values()),
             "rung_levels": [],
             "rung_steps": [],
+            "rate": _combine_rates(list(plans.values())),
             "notes": list(dict.fromkeys(notes)),
         }
+    )
+
+
+def _combine_rates(plans: list[Plan]) -> TrainingRate | None:
+    """Return the mean rate of the arms, weighted with their rows; None if one is not known."""
+    rates = [plan.rate for plan in plans]
+    if any(rate is None for rate in rates):
+        return None
+    known = [rate for rate in rates if rate is not None]
+    rows = [max(1, plan.worst_samples) for plan in plans]
+    return TrainingRate(
+        seconds_per_row=sum(
+            rate.seconds_per_row * count for rate, count in zip(known, rows, strict=True)
+        )
+        / sum(rows),
+        source="; ".join(dict.fromkeys(rate.source for rate in known)),
     )
 
 
@@ -196,7 +229,9 @@ def _resolve_samples(job: JobSpec) -> tuple[int | None, list[str]]:
     ]
 
 
-def _build_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
+def _build_plan(
+    loaded: LoadedJob, site: Site, command: str, earlier: Sequence[EarlierTrial] = ()
+) -> Plan:
     is_search = command == "sweep" and loaded.job.search is not None
     job = loaded.job if is_search else loaded.job.model_copy(update={"search": None})
     refuse_attention(job, site, str(loaded.path))
@@ -239,11 +274,11 @@ def _build_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     cuda = uses_gpu(job, site)
     # First without sharding (`auto`): the strategy follows from the estimate, and the estimate then
     # from the strategy.
-    estimates = [_estimate_memory(trial, inputs, cuda=cuda) for trial in trials]
+    estimates = [_estimate_memory(trial, inputs, earlier, cuda=cuda) for trial in trials]
     strategy, reason = choose_strategy(trials, site, _find_largest(estimates), cuda=cuda)
     if strategy != job.resources.strategy:
         trials = [_set_strategy(trial, strategy) for trial in trials]
-        estimates = [_estimate_memory(trial, inputs, cuda=cuda) for trial in trials]
+        estimates = [_estimate_memory(trial, inputs, earlier, cuda=cuda) for trial in trials]
     memory = _find_largest(estimates)
     # The largest trial decides, because trials of all sizes share the same slots.
     placement = compute_placement(
@@ -256,6 +291,7 @@ def _build_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
         for rows in (worst, expected)
     )
     notes += _find_too_large(estimates, site, cuda=cuda)
+    speed = find_rate(earlier, trials, build_data_key(job.model_dump(mode="json")), cuda=cuda)
     return Plan(
         job=job,
         command="sweep" if is_search else "train",
@@ -274,6 +310,8 @@ def _build_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
         worst_samples=worst,
         expected_samples=expected,
         memory=memory,
+        rate=speed,
+        waste=describe_waste(job, site, placement, total, memory),
         gpu_memory_gib=site.gpu_memory_gib if cuda else 0.0,
         checkpoint_gb=_estimate_checkpoint_gb(trials, inputs, placement.slots, cuda=cuda),
         strategy=_describe_strategy(placement, reason, is_local=isinstance(site, LocalSite)),
@@ -511,19 +549,23 @@ def _build_planned_trial(
     )
 
 
-def _estimate_memory(resolved: JobSpec, inputs: _JobInputs, *, cuda: bool) -> MemoryEstimate | None:
+def _estimate_memory(
+    resolved: JobSpec, inputs: _JobInputs, earlier: Sequence[EarlierTrial], *, cuda: bool
+) -> MemoryEstimate | None:
     """Return the memory estimate of one trial, or None if the model's shape is unknown.
 
     The weights need not be on this machine.
     """
     if inputs.model is None:
         return None
-    return estimate(resolved, *inputs.model, inputs.longest, cuda=cuda, labels=inputs.labels)
+    estimated = estimate(resolved, *inputs.model, inputs.longest, cuda=cuda, labels=inputs.labels)
+    key = build_data_key(resolved.model_dump(mode="json"))
+    return estimated.model_copy(update={"measured": find_peak(earlier, resolved, key, cuda=cuda)})
 
 
 def _find_largest(estimates: list[MemoryEstimate | None]) -> MemoryEstimate | None:
     return max(
-        (memory for memory in estimates if memory), key=lambda memory: memory.expected, default=None
+        (memory for memory in estimates if memory), key=lambda memory: memory.required, default=None
     )
 
 
@@ -533,9 +575,9 @@ def _find_too_large(estimates: list[MemoryEstimate | None], site: Site, *, cuda:
     if cuda and not gpu_memory_gib:
         return ["the memory of the GPUs is unknown, so the plan does not check whether trials fit"]
     too_large = [
-        memory.expected
+        memory.required
         for memory in estimates
-        if memory and cuda and gpu_memory_gib and memory.expected > gpu_memory_gib
+        if memory and cuda and gpu_memory_gib and memory.required > gpu_memory_gib
     ]
     if not too_large:
         return []
@@ -598,7 +640,7 @@ def _estimate_host_gib(
     if cuda:  # each process loads the weights into host memory before it copies them to its GPU
         weights = inputs.model[1] * _BYTES_PER_LOADED_WEIGHT / 2**30 if inputs.model else 0.0
         return (_HOST_GIB_PER_GPU_PROCESS + weights) * processes
-    return (memory.expected if memory else 1.0) * processes
+    return (memory.required if memory else 1.0) * processes
 
 
 def choose_strategy(
@@ -619,8 +661,8 @@ def choose_strategy(
     # Nothing is known about the fit, or there is nothing to distribute.
     if not cuda or memory is None or not site.gpu_memory_gib or resources.world_size == 1:
         return "ddp", "auto: full copies exchange the least data between processes"
-    gpu_memory_gib, required = site.gpu_memory_gib, f"about {memory.expected:.1f} GiB per process"
-    if memory.expected <= gpu_memory_gib:
+    gpu_memory_gib, required = site.gpu_memory_gib, f"about {memory.required:.1f} GiB per process"
+    if memory.required <= gpu_memory_gib:
         return "ddp", f"auto: {required} fit a GPU of {gpu_memory_gib:.1f}"
     for strategy in WEIGHT_SHARDING_STRATEGIES:
         # One strategy for the whole search, so all of its methods must support it.

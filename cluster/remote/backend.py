@@ -25,7 +25,7 @@ from lorafleet.cluster.remote.transfer import (
 from lorafleet.cluster.submission import SubmissionRecord, write_record
 from lorafleet.jobs import files
 from lorafleet.jobs.data.assets import get_asset
-from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.errors import RunError, UserError
 from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.runs.trust import record_own_run
@@ -36,6 +36,7 @@ from lorafleet.jobs.text import format_count
 
 if TYPE_CHECKING:
     from lorafleet.cluster.doctor import Finding
+    from lorafleet.jobs.loading.job_file import LoadedJob
 
 
 AwaySite = TypeVar("AwaySite", KubernetesSite, RayClusterSite)
@@ -172,6 +173,13 @@ class RemoteBackend(ABC, Generic[AwaySite]):
             shutil.rmtree(run.path, ignore_errors=True)
             raise
         return run
+
+    def submit_probe(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
+        """Raise UserError: a probe needs a folder that this machine sees too."""
+        raise UserError(
+            f"--probe measures on this machine or on a Slurm site, and {self.called} is neither: "
+            "leave it out"
+        )
 
     shares_disk = False
 

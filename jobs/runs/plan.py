@@ -40,6 +40,24 @@ class MemoryEstimate(Spec):
     """Upper bound, with a margin for fragmentation and with attention scores."""
     of: str
     """What the estimate is for: the memory of a GPU or of a process."""
+    measured: float | None = None
+    """Largest memory of an earlier trial of the same shape on the same site; None if there was
+    none.
+    """
+
+    @property
+    def required(self) -> float:
+        """Return the GiB to plan with: what was measured and a tenth more, else the expected."""
+        return self.expected if self.measured is None else 1.1 * self.measured
+
+
+class TrainingRate(Spec):
+    """Measured speed of training, for estimates of time."""
+
+    seconds_per_row: float
+    """Seconds of one process (on a GPU: of one GPU) per training row."""
+    source: str
+    """Where it was measured, for people."""
 
 
 class PlannedTrial(Spec):
@@ -100,6 +118,10 @@ class Plan(Spec):
     """Expected training rows of the sweep under ASHA."""
     memory: MemoryEstimate | None
     """Estimate of the largest trial; None if the shape of no model is known on this machine."""
+    rate: TrainingRate | None = None
+    """Measured speed of the trials; None if trials of this shape have never run on the site."""
+    waste: list[str] = []
+    """What of the requested machines the trials leave unused, and the remedy; one message each."""
     gpu_memory_gib: float = 0.0
     """Memory of one GPU of the site, in GiB; 0 on CPU or if unknown."""
     checkpoint_gb: float | None = None
@@ -118,6 +140,8 @@ class Plan(Spec):
     """Command that submits the run to the queue. RUN stands for the folder of the run."""
     tasks: int = 0
     """Number of array tasks, if the site runs each group of trials as a task of a job array."""
+    max_running_tasks: int = 0
+    """Number of array tasks that run at once, as far as the site limits it; 0 without an array."""
     share: list[int] = []
     """Trial range of an array task: number of its first trial, and one past its last."""
     placements: dict[str, Placement] = {}

@@ -5,11 +5,13 @@ The backend is gloo on CPU and NCCL on CUDA.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lorafleet.jobs.sites.placement import Placement
+from lorafleet.training.node_bundles import choose_machines
 
 _MAX_START_RETRIES = 3
 """Maximum number of retries of starting a worker group. Ray Train allows each one a minute."""
@@ -50,32 +52,36 @@ def run_group(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     on_gpu = placement.gpus_per_worker > 0
-    TorchTrainer(
-        loop,
-        train_loop_config=config,
-        torch_config=TorchConfig(
-            backend="nccl" if on_gpu else "gloo",
-            timeout_s=round(60 * (hang_minutes or 30)) + _AFTER_HANG_SECONDS,
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=placement.workers,
-            use_gpu=on_gpu,
-            resources_per_worker={
-                "CPU": placement.cpus_per_worker,
-                "GPU": placement.gpus_per_worker,
-            },
-            placement_strategy=placement.spread,
-            label_selector=placement.labels or None,
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(storage),
-            callbacks=callbacks,
-            # Ray's defaults retry forever: a set-up that cannot work would hang.
-            failure_config=FailureConfig(
-                max_failures=0,
-                controller_failure_limit=_MAX_START_RETRIES,
-                max_preemption_failures=0,
+    with contextlib.ExitStack() as stack:
+        labels: Any = placement.labels or None
+        if placement.needs_node_bundles:
+            labels = stack.enter_context(choose_machines(placement, storage))
+        TorchTrainer(
+            loop,
+            train_loop_config=config,
+            torch_config=TorchConfig(
+                backend="nccl" if on_gpu else "gloo",
+                timeout_s=round(60 * (hang_minutes or 30)) + _AFTER_HANG_SECONDS,
             ),
-        ),
-    ).fit()
+            scaling_config=ScalingConfig(
+                num_workers=placement.workers,
+                use_gpu=on_gpu,
+                resources_per_worker={
+                    "CPU": placement.cpus_per_worker,
+                    "GPU": placement.gpus_per_worker,
+                },
+                placement_strategy=placement.spread,
+                label_selector=labels,
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(storage),
+                callbacks=callbacks,
+                # Ray's defaults retry forever: a set-up that cannot work would hang.
+                failure_config=FailureConfig(
+                    max_failures=0,
+                    controller_failure_limit=_MAX_START_RETRIES,
+                    max_preemption_failures=0,
+                ),
+            ),
+        ).fit()

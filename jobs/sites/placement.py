@@ -129,12 +129,21 @@ class Placement(Spec):
         """Return Ray's placement strategy for the processes of a trial.
 
         Ray places all of them or none. A trial of one machine stays together, and processes
-        that are alone on their machines must be apart. For several processes on each of several
-        machines Ray has no exact strategy, so PACK fills machine after machine.
+        that are alone on their machines must be apart. PACK is used for several processes on
+        each of several machines, each process pinned to its machine (see `needs_node_bundles`).
         """
         if self.num_nodes == 1:
             return "STRICT_PACK"
-        return "STRICT_SPREAD" if self.workers == self.num_nodes else "PACK"
+        return "PACK" if self.needs_node_bundles else "STRICT_SPREAD"
+
+    @property
+    def needs_node_bundles(self) -> bool:
+        """Return whether the machines of a trial must be chosen before its processes are placed.
+
+        True for several processes on each of several machines, for which Ray has no exact
+        strategy.
+        """
+        return 1 < self.num_nodes < self.workers
 
     @property
     def share(self) -> Share:

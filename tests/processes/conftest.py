@@ -201,9 +201,9 @@ class Machines:
         self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
         self.workers = [self.add("two" if number else "one") for number in range(workers)]
 
-    def add(self, pool: str = "two") -> Any:
+    def add(self, pool: str = "two", cpus: int = 1) -> Any:
         """One more machine."""
-        return self.cluster.add_node(num_cpus=1, labels={"pool": pool})
+        return self.cluster.add_node(num_cpus=cpus, labels={"pool": pool})
 
     @property
     def environment(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,56 @@ def test_trials_stay_on_the_machines_that_are_asked_for(
         interrupt(process)
         shown, _ = process.communicate(timeout=120)
         assert process.returncode == ExitCode.INTERRUPTED, shown
+
+
+def test_processes_are_spread_as_planned(
+    bert_job: JobMaker, place: Path, machines: Machines
+) -> None:
+    """Two on each of two machines, although all four would fit on one."""
+    large = [machines.add("large", 4) for _ in range(2)]
+    loaded = bert_job(
+        **TWO,
+        resources__workers_per_node=2,
+        resources__label_selector={"pool": "large"},
+        train__per_device_train_batch_size=2,
+        train__max_steps=1_000_000,
+        train__eval_steps=4,
+    )
+    path = save(loaded, place)
+    planned = lorafleet("plan", path, *loaded.overrides, cwd=place, **machines.environment)
+    assert "4 processes per trial over 2 machines" in planned.stdout
+    process = begin(loaded, place, command="train", **machines.environment)
+    hosts = wait_for(lambda: _all_of(4, machines.hosts("RayTrainWorker")), 120)
+    assert Counter(hosts) == {node.node_id: 2 for node in large}
+    run = newest(place)
+    wait_for(lambda: run.list_trials()[0].read_metrics(), 120)
+    assert run.list_trials()[0].read_metrics()[0].nodes == 2
+    interrupt(process)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.INTERRUPTED, shown + log(run)
+    assert machines.left() == []
+
+
+@pytest.mark.long
+def test_gangs_that_start_together_do_not_take_each_others_cores(
+    bert_job: JobMaker, place: Path, machines: Machines
+) -> None:
+    large = [machines.add("large", 4) for _ in range(2)]
+    loaded = bert_job(
+        SEARCH,
+        **TWO,
+        resources__workers_per_node=2,
+        resources__label_selector={"pool": "large"},
+        train__per_device_train_batch_size=2,
+    )
+    process = begin(loaded, place, command="sweep", **machines.environment)
+    hosts = wait_for(lambda: _all_of(8, machines.hosts("RayTrainWorker")), 120)
+    assert Counter(hosts) == {node.node_id: 4 for node in large}
+    shown, _ = process.communicate(timeout=300)
+    run = newest(place)
+    assert process.returncode == ExitCode.OK, shown + log(run)
+    assert {row.nodes for trial in run.list_trials() for row in trial.read_metrics()} == {2}
+    assert machines.left() == []
 
 
 @pytest.mark.long

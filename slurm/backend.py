@@ -39,7 +39,7 @@ from lorafleet.jobs.schema.environment import OFFLINE
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.sites.placement import choose_node_count
 from lorafleet.jobs.sites.slurm import RequeueSpec, SlurmSite, parse_slurm_time
-from lorafleet.jobs.text import make_printable
+from lorafleet.jobs.text import format_count, make_printable
 from lorafleet.slurm import client
 from lorafleet.slurm.accounting import JobRecord
 from lorafleet.slurm.render import JOB, ScriptContext, build_submit_command, format_array, render
@@ -140,9 +140,17 @@ class SlurmBackend:
         line = build_submit_command(
             Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1, array=array_spec
         )
+        notes = list(plan.notes)
+        if self.site.requests_whole_nodes:
+            cores = format_count(self.site.smallest_node.cpus_per_node, "CPU core")
+            notes.append(
+                f"site {self.site.name} requests whole nodes (--exclusive): Ray gets all cores of "
+                f"a node, and the plan counts on {cores} (cpus_per_node)"
+            )
         return plan.model_copy(
             update={
                 "site": self.site.name,
+                "notes": notes,
                 "nodes": nodes,
                 "tasks": tasks,
                 "max_running_tasks": min(tasks, self.site.array.max_running or tasks),

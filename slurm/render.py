@@ -81,7 +81,9 @@ def render(
         "exports": {
             name: shlex.quote(value) for name, value in _build_exports(site, script).items()
         },
-        "step": _build_step_command(site, script),
+        "step": [*_build_step_command(site, script), *_build_pyxis_options(site, script)],
+        "plain_step": _build_step_command(site, script),
+        "uses_pyxis": site.container is not None and site.container.kind == "pyxis",
         "inside": _build_inside_command(site, script),
         "lead": _build_lead_command(site, script),
         "verb": script.verb,
@@ -257,6 +259,7 @@ def _build_values(site: SlurmSite, nodes: int, *, stage: bool) -> dict[str, str]
             _compute_object_store_bytes(site.head.memory_gb) if site.head else objects
         ),
         "head_works": "0" if site.head else "1",
+        "whole_nodes": "1" if site.requests_whole_nodes else "''",
         "interface": shlex.quote(site.network_interface or ""),
         "scratch": scratch,
         "keep": f"{scratch}/lorafleet-$(id -u)" if site.scratch_dir else "''",
@@ -331,7 +334,7 @@ def _build_step_command(site: SlurmSite, script: ScriptContext) -> list[str]:
         command.append(_quote_word("--het-group=0,1"))
     else:
         command += [f"--nodes={script.nodes}", f"--ntasks={script.nodes}", "--ntasks-per-node=1"]
-    return command + _build_pyxis_options(site, script)
+    return command
 
 
 def _build_pyxis_options(site: SlurmSite, script: ScriptContext) -> list[str]:
@@ -344,6 +347,8 @@ def _build_pyxis_options(site: SlurmSite, script: ScriptContext) -> list[str]:
     )
     return [
         _quote_word(f"--container-image={site.container.image}"),
+        # Its name is new after a requeue: a start that was killed may have left half of one.
+        '"--container-name=$container"',
         f"--container-mounts={run_mounts}{extra_mounts}",
     ]
 
@@ -374,6 +379,8 @@ def _build_lead_command(site: SlurmSite, script: ScriptContext) -> list[str]:
         "--mpi=none",
         "--nodes=1",
         "--ntasks=1",
+        # The token and the job's private folder are on this node alone.
+        '"--nodelist=$SLURMD_NODENAME"',
         "--job-name=lf-driver",
         *group,
         *pyxis,

@@ -219,7 +219,9 @@ class SlurmSite(Spec):
     the result).
     """
     extra_sbatch: Annotated[tuple[Line, ...], Field(strict=False)] = ()
-    """Additional #SBATCH options, such as `--mail-type=FAIL`."""
+    """Additional #SBATCH options, such as `--mail-type=FAIL`. With `--exclusive`, Ray gets all cores
+    of each node; the plan still counts on cpus_per_node.
+    """
 
     @property
     def display_name(self) -> str:
@@ -252,6 +254,12 @@ class SlurmSite(Spec):
             gpus_per_node=min(kind.gpus_per_node for kind in kinds),
             gpu_memory_gb=min(gpu_memories, default=0.0),
         )
+
+    @property
+    def requests_whole_nodes(self) -> bool:
+        """Return whether `extra_sbatch` requests whole nodes, with all cores that they have."""
+        # `--exclusive=user` and `=mcs` only keep other users away.
+        return any(line.strip() == "--exclusive" for line in self.extra_sbatch)
 
     def build_allocation(self, nodes: int) -> Allocation:
         """Return the allocation of a job with `nodes` nodes, for placement.

@@ -43,7 +43,7 @@ if [ "$1" = look ]; then
         --node "$SLURMD_NODENAME" --number "$SLURM_NODEID" --scratch "${LF_HERE%/*}" --interface "$LF_INTERFACE"
 fi
 
-number=$SLURM_NODEID name=$SLURMD_NODENAME gpus=${SLURM_GPUS_ON_NODE:-0}
+number=$SLURM_NODEID name=$SLURMD_NODENAME gpus=${SLURM_GPUS_ON_NODE:-0} all_cpus=${SLURM_CPUS_ON_NODE:-$LF_CPUS}
 stopping=''
 ended() { # CODE SENTENCE
     [ -z "$stopping" ] || exit 0
@@ -74,6 +74,7 @@ unset RAY_ADDRESS ROCR_VISIBLE_DEVICES
 export TMPDIR=$LF_HERE RAY_TMPDIR=$LF_HERE RAY_AUTH_TOKEN_PATH=$LF_HERE/token
 ulimit -n "$(ulimit -Hn)" 2>/dev/null
 cpus=$LF_CPUS
+[ -z "$LF_WHOLE_NODES" ] || cpus=$all_cpus
 [ "$number" != 0 ] || LF_OBJECTS=$LF_HEAD_OBJECTS
 [ "$number" != 0 ] || [ "$LF_HEAD_WORKS" = 1 ] || cpus=0
 common=(

@@ -219,8 +219,8 @@ class SlurmSite(Spec):
     the result).
     """
     extra_sbatch: Annotated[tuple[Line, ...], Field(strict=False)] = ()
-    """Additional #SBATCH options, such as `--mail-type=FAIL`. With `--exclusive`, Ray gets all cores
-    of each node; the plan still counts on cpus_per_node.
+    """Additional #SBATCH options, such as `--mail-type=FAIL`. With `--exclusive`, Ray gets all
+    cores of each node; the plan still counts on cpus_per_node.
     """
 
     @property

@@ -21,22 +21,56 @@ from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.run import Run
 from lorafleet.slurm.accounting import JobRecord, parse_scontrol
 from lorafleet.slurm.states import JobState, get_job_state
-from tests.slurm.rig import Rig, missing
+from tests.slurm.rig import Rig, Unavailable, make_debian, missing
+
+
+class Rigs:
+    """One rig at a time: all of them have the same network."""
+
+    def __init__(self) -> None:
+        self.suite: str | None = None
+        self.rig: Rig | None = None
+
+    def use(self, suite: str | None) -> Rig:
+        """The rig with the Slurm of a Debian; None: with this machine's."""
+        if self.rig is not None and self.suite == suite:
+            return self.rig
+        self.end()
+        root = make_debian(suite) if suite else None
+        self.suite, self.rig = suite, Rig(Path(tempfile.mkdtemp(prefix="rig-", dir="/tmp")), root=root)
+        self.rig.up()
+        return self.rig
+
+    def end(self) -> None:
+        """Take the rig down."""
+        if self.rig is not None:
+            self.rig.down()
+            shutil.rmtree(self.rig.folder, ignore_errors=True)
+        self.rig = None
 
 
 @pytest.fixture(scope="session")
-def rig() -> Iterator[Rig]:
-    """Two nodes. Where a rig cannot be, its tests are skipped with the reason."""
+def rigs() -> Iterator[Rigs]:
+    made = Rigs()
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+@pytest.fixture
+def rig(rigs: Rigs, request: pytest.FixtureRequest) -> Rig:
+    """Two nodes. Where a rig cannot be, its tests are skipped with the reason.
+
+    The parameter, if a test has one, is the Debian whose Slurm is used.
+    """
     why = missing()
     if why:
         pytest.skip(why)
-    made = Rig(Path(tempfile.mkdtemp(prefix="rig-", dir="/tmp")))
     try:
-        made.up()
-        yield made
-    finally:
-        made.down()
-        shutil.rmtree(made.folder, ignore_errors=True)
+        return rigs.use(getattr(request, "param", None))
+    except Unavailable as error:
+        pytest.skip(str(error))
 
 
 SITE = """

@@ -12,14 +12,23 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 NODE = Path(__file__).with_name("node.sh")
+ENTER = Path(__file__).with_name("enter.sh")
+PROJECT = Path(__file__).parents[2]
 _NETWORK = "10.77.0"
 _BRIDGE = "lfslurm"
+_PROGRAMS = (
+    "sacct sacctmgr sbatch scancel scontrol sinfo slurmctld slurmd squeue srun sstat".split()
+)
+"""What is taken from another Debian, if a rig has one."""
+_PACKAGES = "slurm-wlm,munge,iproute2,procps,libffi8,libsqlite3-0,libgomp1,libexpat1"
+"""Slurm, and what this machine's Python needs in a job."""
 _COMMANDS = ("slurmctld", "slurmd", "munged", "ip", "unshare", "nsenter", "setpriv")
 
 
@@ -36,6 +45,40 @@ def missing() -> str | None:
     return None if tried.returncode == 0 else "this machine gives no network namespaces"
 
 
+class Unavailable(Exception):
+    """A rig that cannot be made on this machine."""
+
+
+def make_debian(suite: str) -> Path:
+    """The root folder of a Debian with its Slurm, made once by debootstrap.
+
+    Raises Unavailable if it cannot be made here.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet-tests"
+    root = base / suite
+    if (root / ".complete").is_file():
+        return root
+    if Path(sys.base_prefix) == Path("/usr"):
+        raise Unavailable("this Python is Debian's own, and does not run in another Debian")
+    if shutil.which("debootstrap") is None:
+        raise Unavailable("no debootstrap (apt-get install debootstrap)")
+    shutil.rmtree(root, ignore_errors=True)
+    base.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", suite, str(root)],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    if done.returncode:
+        raise Unavailable(
+            f"debootstrap made no {suite}: {(done.stdout + done.stderr).strip()[-300:]}"
+        )
+    (root / ".complete").touch()
+    return root
+
+
 @dataclass
 class Rig:
     """A cluster in a folder with a short absolute path."""
@@ -44,6 +87,8 @@ class Rig:
     nodes: int = 2
     cpus: int = 4
     gpus: int = 2
+    root: Path | None = None
+    """Root folder of another Debian, whose Slurm is used."""
     started: list[int] = field(default_factory=list)
     """Process numbers of what is to be ended, in the order of their start."""
     parents: dict[int, int] = field(default_factory=dict)
@@ -52,7 +97,10 @@ class Rig:
     @property
     def environment(self) -> dict[str, str]:
         """What Slurm's commands need to find this cluster and no other."""
-        return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        own = {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        if self.root is not None:
+            own["PATH"] = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        return os.environ | own
 
     def up(self) -> None:
         """Start it, and wait until every node is idle."""
@@ -66,6 +114,8 @@ class Rig:
         for number in range(self.gpus):  # device nodes of /dev/null
             os.mknod(self.folder / "dev" / f"nvidia{number}", 0o020666, os.makedev(1, 3))
         self._write_configuration()
+        if self.root is not None:
+            self._write_programs(self.root)
         self._clear_links()  # of a rig whose process was killed
         self._run("ip", "link", "add", _BRIDGE, "type", "bridge")
         self._run("ip", "addr", "add", f"{_NETWORK}.1/24", "dev", _BRIDGE)
@@ -116,7 +166,7 @@ SelectTypeParameters=CR_Core_Memory
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MpiDefault=none
-SwitchType=switch/none
+{"" if self.root else "SwitchType=switch/none"}
 ReturnToService=2
 JobRequeue=1
 MinJobAge=3600
@@ -138,6 +188,23 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
         (rig / "hosts").write_text(
             "\n".join(["127.0.0.1 localhost", f"{_NETWORK}.1 {host}", *nodes]) + "\n"
         )
+
+    def _write_programs(self, root: Path) -> None:
+        """Programs that run those of another Debian, and the folders that these see."""
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        folders = [Path("/dev"), Path("/proc"), Path("/sys"), Path("/tmp"), Path.home(), PROJECT]
+        folders += [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)]
+        kept = [
+            folder
+            for folder in dict.fromkeys(folders)
+            if not any(other in folder.parents for other in folders)
+        ]
+        (self.folder / "binds").write_text("".join(f"{folder}\n" for folder in kept))
+        (self.folder / "bin").mkdir()
+        for name in _PROGRAMS:
+            program = self.folder / "bin" / name
+            program.write_text(f'#!/bin/bash\nexec {ENTER} {root} {self.folder} {name} "$@"\n')
+            program.chmod(0o755)
 
     def _start_daemons(self) -> None:
         munge = self.folder / "munge"

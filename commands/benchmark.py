@@ -22,7 +22,7 @@ from lorafleet.commands.common import (
     silence_libraries,
 )
 from lorafleet.commands.deliver import submit_delivery
-from lorafleet.commands.options import Detach, Wait
+from lorafleet.commands.options import Detach, DryRun, Wait, refuse_dry_run
 
 
 def benchmark(
@@ -70,6 +70,7 @@ def benchmark(
     detach: Detach = False,
     wait: Wait = False,
     trust: Trust = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Measure size, speed, memory and metric of a run's base, adapter and exported targets.
 
@@ -102,9 +103,18 @@ def benchmark(
             points=points,
         )
         submit_delivery(
-            "benchmark", delivery, runs, on, output=output, detach=detach, wait=wait, trust=trust
+            "benchmark",
+            delivery,
+            runs,
+            on,
+            output=output,
+            detach=detach,
+            wait=wait,
+            trust=trust,
+            dry_run=dry_run,
         )
         return
+    refuse_dry_run(dry_run)
     from lorafleet.cluster.run_index import find_run
     from lorafleet.deployment.benchmark import BenchmarkSettings, build_variants
     from lorafleet.deployment.benchmark import benchmark as measure

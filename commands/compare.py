@@ -54,6 +54,7 @@ def compare(what: JobOrRuns, options: LaunchOptions, into: OutputDir = None) -> 
         "--max-walltime-chain": options.chain,
         "--detach": options.detach,
         "--wait": options.wait,
+        "--dry-run": options.dry_run,
     }
     _refuse_useless_options(
         {name: bool(value) for name, value in job_options.items()},

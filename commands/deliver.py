@@ -15,6 +15,7 @@ from lorafleet.commands.common import (
     load_cluster,
     print_text,
 )
+from lorafleet.commands.plan import PlanFormat, show_plan
 
 if TYPE_CHECKING:
     from lorafleet.cluster.backend import Cluster
@@ -33,6 +34,7 @@ def submit_delivery(
     detach: bool,
     wait: bool,
     trust: bool,
+    dry_run: bool,
 ) -> None:
     """Submit an export or a benchmark to the cluster that has the run, and follow it.
 
@@ -43,6 +45,7 @@ def submit_delivery(
         detach: Print the id of the new run and return.
         wait: Show no live view.
         trust: The run may be one that was not created here.
+        dry_run: Print the plan, and submit nothing.
 
     Raises:
         UserError: The site does not have the run, or cannot write to the output folder.
@@ -58,6 +61,9 @@ def submit_delivery(
     delivery = delivery.model_copy(update={"run": _resolve_run_on_cluster(source, backend, on)})
     loaded = _derive_job(source, command, delivery, backend)
     plan = backend.plan(loaded, command).model_copy(update={"delivery": delivery})
+    if dry_run:
+        show_plan(backend, plan, runs, PlanFormat(output.value))
+        return
     # `delivery` is part of plan.json, which is all that the driver reads.
     run = backend.submit(plan, loaded, backend.resolve_runs_dir(runs))
     if detach:

@@ -21,9 +21,11 @@ from lorafleet.commands.common import (
     report_option_errors,
 )
 from lorafleet.commands.options import LaunchOptions
+from lorafleet.commands.plan import PlanFormat, show_plan
+from lorafleet.jobs.text import format_count
 
 if TYPE_CHECKING:
-    from lorafleet.cluster.backend import Cluster
+    from lorafleet.cluster.backend import Backend, Cluster
     from lorafleet.jobs.loading.evaluate_job import ModelArm
     from lorafleet.jobs.loading.job_file import LoadedJob
     from lorafleet.jobs.runs.run import Run
@@ -81,6 +83,9 @@ def evaluate(
     backend = get_backend(options.on, options.nodes, options.chain)
     with report_option_errors():
         check_names(loaded)
+    if options.dry_run:
+        _show_plan(backend, loaded, options)
+        return
     report_progress = print_message if not options.quiet else lambda _: None
     if options.on is None:
         fetch_job(loaded.job, report_progress)
@@ -93,6 +98,18 @@ def evaluate(
         print_text(run.id)
         return
     follow(run, backend, quiet=options.quiet, output=options.output, silent=options.wait)
+
+
+def _show_plan(backend: Backend, loaded: LoadedJob, options: LaunchOptions) -> None:
+    from lorafleet.cluster.remote.backend import RemoteBackend
+
+    job_plan, uploads = backend.plan(loaded, "compare"), []
+    if isinstance(backend, RemoteBackend):
+        uploads = backend.list_invisible_paths(job_plan.job)
+        # Submitting uploads them.
+        note = f"{format_count(len(uploads), 'input')} would be uploaded"
+        job_plan = job_plan.model_copy(update={"notes": [*job_plan.notes, note]})
+    show_plan(backend, job_plan, options.runs, PlanFormat(options.output.value), ignored=uploads)
 
 
 def _derive_job(

@@ -23,7 +23,7 @@ from lorafleet.commands.common import (
     silence_libraries,
 )
 from lorafleet.commands.deliver import submit_delivery
-from lorafleet.commands.options import Detach, Wait
+from lorafleet.commands.options import Detach, DryRun, Wait, refuse_dry_run
 from lorafleet.commands.show import print_export
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def export(
     detach: Detach = False,
     wait: Wait = False,
     trust: Trust = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Convert a run's model into deployable files and reject those that differ from it.
 
@@ -113,9 +114,18 @@ def export(
     )
     if on is not None:
         submit_delivery(
-            "export", delivery, runs, on, output=form, detach=detach, wait=wait, trust=trust
+            "export",
+            delivery,
+            runs,
+            on,
+            output=form,
+            detach=detach,
+            wait=wait,
+            trust=trust,
+            dry_run=dry_run,
         )
         return
+    refuse_dry_run(dry_run)
     from lorafleet.cluster.run_index import find_run
     from lorafleet.deployment.export import run_delivery
     from lorafleet.evaluation.report.model_of_run import select_model

@@ -28,10 +28,23 @@ Detach = Annotated[
     bool,
     typer.Option("--detach", "-d", help="Return immediately; the run continues in the background."),
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan, and start or submit nothing.")
+]
 Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Print what the command does, request by request."),
 ]
+
+
+def refuse_dry_run(dry_run: bool) -> None:
+    """Raise UserError if a command that has no plan on this machine gets --dry-run."""
+    from lorafleet.jobs.errors import UserError
+
+    if dry_run:
+        raise UserError(
+            "--dry-run prints what would be submitted to a site: use it with --on, or leave it out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +62,7 @@ class LaunchOptions:
     output: Output = Format.TEXT
     detach: Detach = False
     wait: Wait = False
+    dry_run: DryRun = False
 
 
 def expand_options(command: Callable[..., object]) -> Callable[..., object]:

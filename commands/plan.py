@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,6 @@ from lorafleet.commands.common import (
     load_cluster,
     make_console,
     print_message,
-    print_notes,
     print_text,
 )
 from lorafleet.jobs.errors import ExitCode
@@ -100,19 +100,40 @@ def plan(
         job_plan = job_plan.model_copy(
             update={"rate": _measure_rate(cluster, job_plan, loaded, runs)}
         )
+    show_plan(backend, job_plan, runs, output, whole_script=script)
+
+
+def show_plan(
+    backend: Backend,
+    job_plan: Plan,
+    runs: Path,
+    output: PlanFormat,
+    *,
+    whole_script: bool = False,
+    ignored: Sequence[str] = (),
+) -> None:
+    """Print a plan and what its backend has against it.
+
+    Args:
+        runs: Folder of the runs that the user named.
+        whole_script: Print the files that go to a cluster, whole.
+        ignored: Problems that the submission itself would mend.
+
+    Raises:
+        typer.Exit: The backend would refuse the job.
+    """
     # After the plan: a job that the cluster refuses can still be looked at.
-    refused, unchecked = backend.check(job_plan)
+    problems, unchecked = backend.check(job_plan)
+    refused = [problem for problem in problems if problem not in ignored]
     if output is PlanFormat.YAML:
         _print_manifest(job_plan, unchecked, refused)
     elif output is PlanFormat.JSON:
         _print_json(job_plan, [*unchecked, *refused])
     else:
-        print_notes(loaded.notes)
-        # The plan's notes begin with those of the job, which are printed already.
-        for note in job_plan.notes[len(loaded.notes) :]:
+        for note in job_plan.notes:
             print_message(f"note: {note}")
         name = f"{job_plan.job.name}-..."
-        _print_text(job_plan, backend.describe_run_location(name, runs), whole_script=script)
+        _print_text(job_plan, backend.describe_run_location(name, runs), whole_script=whole_script)
         for message in unchecked:
             print_message(f"note: {message}")
         for message in refused:
@@ -159,7 +180,10 @@ def _print_text(job_plan: Plan, folder: str, *, whole_script: bool) -> None:
     from lorafleet.jobs.runs.plan import MANIFEST
 
     screen = make_console()
-    screen.print(render_plan(job_plan, screen.width))
+    if job_plan.delivery is not None:
+        screen.print(describe_delivery(job_plan), markup=False, soft_wrap=True)
+    else:
+        screen.print(render_plan(job_plan, screen.width))
     screen.print(f"run folder      {folder}", markup=False)
     if job_plan.files:
         noun = "worker pod" if MANIFEST in job_plan.files else "node"
@@ -174,6 +198,27 @@ def _print_text(job_plan: Plan, folder: str, *, whole_script: bool) -> None:
             print_text(f"\n----- {name}\n{text.rstrip()}")
     elif job_plan.files:
         print_text("\n".join(fold_files(job_plan.files)))
+
+
+def describe_delivery(job_plan: Plan) -> str:
+    """Return the line on what an export or a benchmark would do."""
+    delivery = job_plan.delivery
+    assert delivery is not None
+    model = f"trial {delivery.trial_id}" if delivery.trial_id else "the recommended model"
+    if job_plan.command == "export":
+        where = delivery.output or "its export folder"
+        done = f"{', '.join(delivery.targets)} to {where}"
+    else:
+        done = (
+            f"{format_count(delivery.rounds, 'round')}, {format_count(delivery.rows, 'row')}, "
+            f"{delivery.new_tokens} new tokens"
+        )
+    cores, gpus = job_plan.placement.cpus_per_worker, job_plan.placement.gpus_per_worker
+    return (
+        f"{job_plan.command:<16}{model} of {delivery.run}: {done}\n"
+        f"placement       1 process with {format_count(cores, 'CPU core')} and "
+        f"{format_count(gpus, 'GPU')}"
+    )
 
 
 def fold_files(texts: dict[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ from lorafleet.commands.common import (
     print_text,
 )
 from lorafleet.commands.options import LaunchOptions
+from lorafleet.commands.plan import PlanFormat, show_plan
 
 
 def sweep(job: Job, options: LaunchOptions, overrides: Overrides = None) -> None:
@@ -62,9 +63,14 @@ def start_job(
             str(path),
             [Problem("compare", "there is no compare block: add one, or name two runs to compare")],
         )
-    if not options.quiet:
+    if not options.quiet and not options.dry_run:
         print_notes(loaded.notes)
     backend = get_backend(options.on, options.nodes, options.chain)
+    if options.dry_run:
+        show_plan(
+            backend, backend.plan(loaded, command), options.runs, PlanFormat(options.output.value)
+        )
+        return
     if options.on is None:
         # Before the plan, which is exact only with data and model at hand.
         fetch_job(loaded.job, print_message if not options.quiet else lambda _: None)

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from lorafleet.jobs.sites.kubernetes import HardeningPoint
+
 Tree = dict[str, Any]
 RuleProblems = Iterator[tuple[str, str]]
 _MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
@@ -40,6 +42,8 @@ class Finding:
     """What is wrong, and what would be right."""
     source: str
     """Source of the rule."""
+    point: HardeningPoint | None = None
+    """Point of hardening of the rule, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,15 @@ class Rule:
     name: str
     source: str
     look: Callable[[Tree], RuleProblems]
+    point: HardeningPoint | None = None
+    """Point of hardening that the rule protects, and that a site may weaken by name."""
 
 
 RULES: list[Rule] = []
 
 
 def _register_rule(
-    source: str,
+    source: str, point: HardeningPoint | None = None
 ) -> Callable[[Callable[[Tree], RuleProblems]], Callable[[Tree], RuleProblems]]:
     """Register a function as a rule. The function's name without underscore is the rule's id.
 
@@ -68,10 +74,11 @@ def _register_rule(
     Args:
         source: Function upstream that has the rule, or `observed: ...` with what happens
             without it.
+        point: Point of hardening that the rule protects.
     """
 
     def add(check: Callable[[Tree], RuleProblems]) -> Callable[[Tree], RuleProblems]:
-        RULES.append(Rule(check.__name__.lstrip("_"), source, check))
+        RULES.append(Rule(check.__name__.lstrip("_"), source, check, point))
         return check
 
     return add
@@ -85,7 +92,7 @@ def lint(job: Tree) -> list[Finding]:
     patch.
     """
     return [
-        Finding(rule.name, path, sentence, rule.source)
+        Finding(rule.name, path, sentence, rule.source, rule.point)
         for rule in RULES
         for path, sentence in rule.look(job)
     ]
@@ -175,7 +182,7 @@ def _suspend_needs_shutdown(job: Tree) -> RuleProblems:
         yield "spec.suspend", "suspend needs shutdownAfterJobFinishes: true"
 
 
-@_register_rule("ValidateRayJobSpec")
+@_register_rule("validateDeletionConfiguration")
 def _ttl_needs_shutdown(job: Tree) -> RuleProblems:
     ttl = get(job, "spec.ttlSecondsAfterFinished")
     if ttl and not get(job, "spec.shutdownAfterJobFinishes"):
@@ -184,7 +191,7 @@ def _ttl_needs_shutdown(job: Tree) -> RuleProblems:
         yield "spec.ttlSecondsAfterFinished", f"{ttl} must not be negative"
 
 
-@_register_rule("ValidateRayJobSpec")
+@_register_rule("validateDeletionConfiguration")
 def _deletion_rules_or_shutdown(job: Tree) -> RuleProblems:
     if get(job, "spec.deletionStrategy") and get(job, "spec.shutdownAfterJobFinishes"):
         yield (
@@ -193,7 +200,7 @@ def _deletion_rules_or_shutdown(job: Tree) -> RuleProblems:
         )
 
 
-@_register_rule("validateDeletionRules")
+@_register_rule("validateDeletionRules, validateTTLConsistency")
 def _deletion_rules(job: Tree) -> RuleProblems:
     rules = get(job, "spec.deletionStrategy.deletionRules") or []
     indexes: dict[tuple[str, str, str], int] = {}
@@ -294,7 +301,7 @@ def _runtime_env_is_yaml(job: Tree) -> RuleProblems:
 
 
 @_register_rule(
-    "common.GetK8sJobCommand: the strings are pasted into a bash script, in double quotes or "
+    "common.BuildJobSubmitCommand: the strings are pasted into a bash script, in double quotes or "
     "unquoted (observed)"
 )
 def _nothing_to_expand(job: Tree) -> RuleProblems:
@@ -320,13 +327,15 @@ def _nothing_to_expand(job: Tree) -> RuleProblems:
         )
 
 
-@_register_rule("common.GetK8sJobCommand")
+@_register_rule("common.BuildJobSubmitCommand")
 def _entrypoint(job: Tree) -> RuleProblems:
     if not get(job, "spec.entrypoint") and get(job, "spec.submissionMode") != "InteractiveMode":
         yield "spec.entrypoint", "the command is missing"
 
 
-@_register_rule("common.GetK8sJobCommand: it is passed to `ray job submit --entrypoint-resources`")
+@_register_rule(
+    "common.BuildJobSubmitCommand: it is passed to `ray job submit --entrypoint-resources`"
+)
 def _entrypoint_resources(job: Tree) -> RuleProblems:
     text = get(job, "spec.entrypointResources")
     if text is None:
@@ -368,7 +377,7 @@ def _containers_are_there(job: Tree) -> RuleProblems:
             yield f"{path}.template.spec.containers", "a container is required"
 
 
-@_register_rule("ValidateRayClusterSpec")
+@_register_rule("validateRayGroupResources, validateRayGroupLabels")
 def _resources_once(job: Tree) -> RuleProblems:
     for path, group in list_groups(job):
         params = group.get("rayStartParams") or {}
@@ -459,7 +468,7 @@ def _redis(job: Tree) -> RuleProblems:
                 yield f"{path}.template.spec", "RAY_REDIS_ADDRESS needs gcsFaultToleranceOptions"
 
 
-@_register_rule("ValidateRayClusterSpec (authOptions)")
+@_register_rule("ValidateRayClusterSpec (authOptions)", "token_auth")
 def _auth(job: Tree) -> RuleProblems:
     options = get(job, "spec.rayClusterSpec.authOptions") or {}
     version = str(get(job, "spec.rayClusterSpec.rayVersion") or "")
@@ -480,7 +489,9 @@ def _auth(job: Tree) -> RuleProblems:
         yield "spec.rayClusterSpec.authOptions.enableK8sTokenAuth", "it is not allowed in a RayJob"
 
 
-@_register_rule("common.BuildPod (podMemoryLimit, rayStartParams): Ray uses limits, not requests")
+@_register_rule(
+    "common.generateRayStartCommand: memory and devices come from limits, cores from them first"
+)
 def _limits(job: Tree) -> RuleProblems:
     for path, group in list_groups(job):
         # Ray runs in the first container of a pod; the limits of others do not matter to it.
@@ -521,29 +532,134 @@ def _head_takes_no_work(job: Tree) -> RuleProblems:
                 )
 
 
-@_register_rule("the kubelet: PodSecurity `restricted`")
-def _restricted(job: Tree) -> RuleProblems:
+_RESTRICTED = "the API server's admission: PodSecurity `restricted`"
+_RESTRICTED_VOLUMES = frozenset(
+    "configMap csi downwardAPI emptyDir ephemeral persistentVolumeClaim projected secret".split()
+)
+
+
+_NOT_ROOT = "must be true, with a user other than 0"
+
+
+def _list_all_containers(job: Tree) -> Iterator[tuple[str, Tree]]:
+    """Yield (path, container) of every container of every pod, init containers included."""
     for path, template in list_templates(job):
-        if get(template, "spec.securityContext.runAsNonRoot") is not True:
+        for field in ("containers", "initContainers"):
+            for index, container in enumerate(get(template, f"spec.{field}") or []):
+                yield f"{path}.spec.{field}[{index}]", container
+
+
+@_register_rule(_RESTRICTED, "non_root")
+def _non_root(job: Tree) -> RuleProblems:
+    for path, template in list_templates(job):
+        context = get(template, "spec.securityContext") or {}
+        if context.get("runAsNonRoot") is not True or context.get("runAsUser") == 0:
             yield (
                 f"{path}.spec.securityContext.runAsNonRoot",
-                "PodSecurity `restricted` requires true",
+                _NOT_ROOT,
             )
-        if get(template, "spec.securityContext.seccompProfile.type") not in (
-            "RuntimeDefault",
-            "Localhost",
+    for path, container in _list_all_containers(job):
+        context = container.get("securityContext") or {}
+        if context.get("runAsNonRoot") is False or context.get("runAsUser") == 0:
+            yield f"{path}.securityContext.runAsNonRoot", _NOT_ROOT
+
+
+@_register_rule(_RESTRICTED, "seccomp")
+def _seccomp(job: Tree) -> RuleProblems:
+    allowed = ("RuntimeDefault", "Localhost")
+    for path, template in list_templates(job):
+        if get(template, "spec.securityContext.seccompProfile.type") not in allowed:
+            yield f"{path}.spec.securityContext.seccompProfile", "must be RuntimeDefault"
+    for path, container in _list_all_containers(job):
+        profile = get(container, "securityContext.seccompProfile.type")
+        if profile is not None and profile not in allowed:
+            yield f"{path}.securityContext.seccompProfile", "must be RuntimeDefault"
+
+
+@_register_rule(_RESTRICTED, "escalation")
+def _escalation(job: Tree) -> RuleProblems:
+    for path, container in _list_all_containers(job):
+        context = container.get("securityContext") or {}
+        if context.get("allowPrivilegeEscalation") is not False:
+            yield f"{path}.securityContext.allowPrivilegeEscalation", "must be false"
+        if context.get("privileged"):
+            yield f"{path}.securityContext.privileged", "must be false"
+
+
+@_register_rule(_RESTRICTED, "capabilities")
+def _capabilities(job: Tree) -> RuleProblems:
+    for path, container in _list_all_containers(job):
+        capabilities = get(container, "securityContext.capabilities") or {}
+        if "ALL" not in (capabilities.get("drop") or []):
+            yield f"{path}.securityContext.capabilities", "must drop: [ALL]"
+        allowed = {"NET_BIND_SERVICE"}
+        if any(
+            "/" in name and not is_gpu_resource(name)
+            for name in get(container, "resources.limits") or {}
         ):
-            yield (
-                f"{path}.spec.securityContext.seccompProfile",
-                "PodSecurity `restricted` requires RuntimeDefault",
-            )
-        for index, container in enumerate(_get_containers(template)):
-            security_context = container.get("securityContext") or {}
-            where = f"{path}.spec.containers[{index}].securityContext"
-            if security_context.get("allowPrivilegeEscalation") is not False:
-                yield f"{where}.allowPrivilegeEscalation", "PodSecurity `restricted` requires false"
-            if "ALL" not in (get(security_context, "capabilities.drop") or []):
-                yield f"{where}.capabilities", "PodSecurity `restricted` requires drop: [ALL]"
+            allowed.add("IPC_LOCK")  # RDMA devices need locked memory
+        for name in capabilities.get("add") or []:
+            if name not in allowed:
+                yield f"{path}.securityContext.capabilities.add", f"{name} must not be added"
+
+
+@_register_rule(_RESTRICTED, "host_namespaces")
+def _host_namespaces(job: Tree) -> RuleProblems:
+    for path, template in list_templates(job):
+        for field in ("hostNetwork", "hostPID", "hostIPC"):
+            if get(template, f"spec.{field}"):
+                yield f"{path}.spec.{field}", "must be false"
+    for path, container in _list_all_containers(job):
+        for index, port in enumerate(container.get("ports") or []):
+            if port.get("hostPort"):
+                yield f"{path}.ports[{index}].hostPort", "must not be set"
+
+
+@_register_rule(_RESTRICTED, "host_paths")
+def _host_paths(job: Tree) -> RuleProblems:
+    for path, template in list_templates(job):
+        for index, volume in enumerate(get(template, "spec.volumes") or []):
+            for kind in sorted(set(volume) - {"name"} - _RESTRICTED_VOLUMES):
+                yield (
+                    f"{path}.spec.volumes[{index}].{kind}",
+                    "must not be used: mount a claim instead",
+                )
+
+
+@_register_rule(
+    "observed: code of models and metrics could use the token of the pod's service account",
+    "service_account_token",
+)
+def _service_account_token(job: Tree) -> RuleProblems:
+    autoscales = get(job, "spec.rayClusterSpec.enableInTreeAutoscaling")
+    for path, template in list_templates(job):
+        # The autoscaler beside the head needs its token.
+        if autoscales and path.endswith("headGroupSpec.template"):
+            continue
+        if get(template, "spec.automountServiceAccountToken") is not False:
+            yield f"{path}.spec.automountServiceAccountToken", "must be false"
+
+
+@_register_rule("utils.IsGPUResourceKey: Ray gets --num-gpus from these limits only")
+def _gpu_names(job: Tree) -> RuleProblems:
+    for path, group in list_groups(job)[1:]:
+        container = next(iter(_get_containers(group.get("template") or {})), {})
+        limits = get(container, "resources.limits") or {}
+        where = f"{path}.template.spec.containers[0].resources.limits"
+        if (group.get("rayStartParams") or {}).get("num-gpus") or any(map(is_gpu_resource, limits)):
+            continue
+        for name in limits:
+            if "gpu" in name or "/mig-" in name:
+                yield (
+                    f"{where}.{name}",
+                    "KubeRay does not count it as a GPU: the name must end with `gpu`, or be "
+                    "nvidia.com/mig-Ng.Mgb; else set rayStartParams.num-gpus with `patch`",
+                )
+
+
+def is_gpu_resource(name: str) -> bool:
+    """Return whether KubeRay counts a resource as GPUs."""
+    return name.endswith("gpu") or bool(re.search(r"nvidia\.com/mig-\d+g\.\d+gb$", name))
 
 
 @_register_rule(
@@ -585,9 +701,13 @@ def _one_image(job: Tree) -> RuleProblems:
             list(images.values())[-1],
             f"pods have different images: {', '.join(map(str, images))}",
         )
-    for image, path in images.items():
-        if "@sha256:" not in str(image):
-            yield path, f"{image} is not pinned by digest"
+
+
+@_register_rule("observed: a tag can name other programs tomorrow", "image_digest")
+def _image_digest(job: Tree) -> RuleProblems:
+    for path, container in _list_all_containers(job):
+        if "@sha256:" not in str(container.get("image")):
+            yield f"{path}.image", f"{container.get('image')} is not pinned by digest"
 
 
 def _is_queued(job: Tree) -> bool:

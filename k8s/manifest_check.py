@@ -34,7 +34,16 @@ def check_rules(site: KubernetesSite, nodes: int, job: Tree) -> list[str]:
         version=version("lorafleet"),
     )
     try:
-        problems += [f"{violation.path}: {violation.sentence}" for violation in lint(job)]
+        problems += [
+            f"{violation.path}: {violation.sentence}"
+            + (
+                f" (or name {violation.point} in `weaken` of the site file)"
+                if violation.point
+                else ""
+            )
+            for violation in lint(job)
+            if violation.point is None or violation.point not in site.weaken
+        ]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         # Rules index into the object without checking types. Only a patch can change its form.
         if not site.patch:

@@ -6,6 +6,7 @@ unknown fields, so that a misspelt one fails here: a server would silently prune
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -90,6 +91,7 @@ class Resources(KubernetesModel):
 
     requests: dict[str, str]
     limits: dict[str, str]
+    claims: list[dict[str, str]] | None = None
 
 
 class Exec(KubernetesModel):
@@ -138,9 +140,12 @@ class PodSpec(KubernetesModel):
     node_selector: dict[str, str] | None = None
     tolerations: list[dict[str, str | int]] | None = None
     affinity: dict[str, Any] | None = None
+    topology_spread_constraints: list[dict[str, Any]] | None = None
+    runtime_class_name: str | None = None
+    resource_claims: list[dict[str, str]] | None = None
     security_context: dict[str, Any]
-    containers: list[Container]
-    volumes: list[Volume] | None = None
+    containers: Sequence[Container | dict[str, Any]]
+    volumes: Sequence[Volume | dict[str, Any]] | None = None
 
 
 class Template(KubernetesModel):

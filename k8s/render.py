@@ -6,6 +6,7 @@ that holds the job and a NetworkPolicy.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -19,7 +20,12 @@ from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.runs.bundle import DOCUMENT
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.environment import OFFLINE
-from lorafleet.jobs.sites.kubernetes import WORKER_LABELS, KubernetesSite, Toleration
+from lorafleet.jobs.sites.kubernetes import (
+    WORKER_LABELS,
+    KubernetesSite,
+    PodSettings,
+    Toleration,
+)
 from lorafleet.k8s import models
 from lorafleet.k8s.models import Metadata, Mount, Variable, Volume
 
@@ -107,7 +113,7 @@ def render(site: KubernetesSite, context: RenderContext) -> list[dict[str, Any]]
     metadata = _build_metadata(site, context)
     config = models.ConfigMap(metadata=metadata, data=dict(context.texts))
     job = models.RayJob(metadata=metadata, spec=_build_spec(site, context)).to_tree()
-    patched = apply_merge_patch(job, site.patch)
+    patched = apply_patch(job, site)
     for path in ("apiVersion", "kind", "metadata.name", "metadata.namespace"):
         # `status`, `stop` and `resume` find the RayJob by these values.
         if fields.get_value(patched, path) != fields.get_value(job, path):
@@ -146,6 +152,27 @@ class _ManifestDumper(yaml.SafeDumper):
 
 
 _ManifestDumper.add_representer(str, _ManifestDumper.represent_text)
+
+
+def apply_patch(job: dict[str, Any], site: KubernetesSite) -> dict[str, Any]:
+    """Return the RayJob with the site's patch: a JSON Patch if it is a list, else a merge patch.
+
+    Raises:
+        PlacementRefused: An operation of the JSON Patch is malformed, or its path does not exist.
+    """
+    if isinstance(site.patch, dict):
+        patched: dict[str, Any] = apply_merge_patch(job, site.patch)
+        return patched
+    import jsonpatch
+
+    try:
+        result = jsonpatch.apply_patch(job, site.patch)
+    except (jsonpatch.JsonPatchException, jsonpatch.JsonPointerException, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise PlacementRefused(f"patch of site {site.name} cannot be applied: {reason}") from error
+    if not isinstance(result, dict):
+        raise PlacementRefused(f"patch of site {site.name} replaces the RayJob by something else")
+    return result
 
 
 def apply_merge_patch(tree: Any, patch: Any) -> Any:
@@ -260,7 +287,9 @@ def render_storage_pod(site: KubernetesSite, name: str, user: str, seconds: int)
         # As process 1, `sleep` ignores SIGTERM: its deletion would take the whole grace period.
         update={"restart_policy": "Never", "termination_grace_period_seconds": 1}
     )
-    template = models.Template(metadata=Metadata(labels=labels), spec=spec)
+    template = models.Template(
+        metadata=Metadata(labels=labels, annotations=site.annotations or None), spec=spec
+    )
     return models.Job(
         metadata=Metadata(name=name, namespace=site.namespace, labels=job_labels),
         spec=models.JobSpec(
@@ -411,8 +440,7 @@ def _build_head(site: KubernetesSite, context: RenderContext) -> models.HeadGrou
         spec = spec.model_copy(
             update={"restart_policy": "Never", "automount_service_account_token": None}
         )
-    # The driver and the state of Ray live in the head: losing it costs an attempt.
-    annotations = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+    spec = _apply_settings(spec, container, head.pod)
     return models.HeadGroup(
         ray_start_params={
             "num-cpus": "0",
@@ -422,7 +450,10 @@ def _build_head(site: KubernetesSite, context: RenderContext) -> models.HeadGrou
             "dashboard-host": "0.0.0.0",  # nosec B104  # inside the pod, behind the network policy
         },
         template=models.Template(
-            metadata=Metadata(labels=build_labels(site, context), annotations=annotations),
+            metadata=Metadata(
+                labels=head.pod.labels | build_labels(site, context),
+                annotations=_build_annotations(site, head.pod),
+            ),
             spec=spec,
         ),
     )
@@ -477,7 +508,8 @@ def _build_workers(site: KubernetesSite, context: RenderContext) -> models.Worke
         spec = spec.model_copy(update={"restart_policy": "Never"})
     if not site.storage.read_write_many:
         spec = spec.model_copy(update={"affinity": _build_head_affinity(context)})
-    labels = build_labels(site, context) | {"lorafleet.dev/group": GROUP}
+    spec = _apply_settings(spec, container, site.pod)
+    labels = site.pod.labels | build_labels(site, context) | {"lorafleet.dev/group": GROUP}
     return models.WorkerGroup(
         group_name=GROUP,
         replicas=1 if site.autoscale else context.nodes,
@@ -486,7 +518,10 @@ def _build_workers(site: KubernetesSite, context: RenderContext) -> models.Worke
         ray_start_params={},
         labels=WORKER_LABELS,
         template=models.Template(
-            metadata=Metadata(labels=labels, annotations=annotations or None), spec=spec
+            metadata=Metadata(
+                labels=labels, annotations=_build_annotations(site, site.pod) | annotations
+            ),
+            spec=spec,
         ),
     )
 
@@ -519,7 +554,93 @@ def _build_submitter(site: KubernetesSite, context: RenderContext) -> models.Tem
     spec = spec.model_copy(
         update={"restart_policy": "Never", "termination_grace_period_seconds": None}
     )
-    return models.Template(metadata=Metadata(labels=build_labels(site, context)), spec=spec)
+    return models.Template(
+        metadata=Metadata(
+            labels=build_labels(site, context), annotations=_build_annotations(site, PodSettings())
+        ),
+        spec=spec,
+    )
+
+
+def _build_annotations(site: KubernetesSite, settings: PodSettings) -> dict[str, str]:
+    """Return the annotations of a pod of a job: nodes are not emptied while it runs.
+
+    Moving the head costs an attempt, moving a worker a trial's progress since its checkpoint,
+    and the end of the submitter's log stream can end the job. A site may say otherwise.
+    """
+    keep = {
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+        "karpenter.sh/do-not-disrupt": "true",
+    }
+    return keep | site.annotations | settings.annotations
+
+
+def _apply_settings(
+    spec: models.PodSpec, container: models.Container, settings: PodSettings
+) -> models.PodSpec:
+    """Return the spec of a pod with the site's further settings.
+
+    Args:
+        spec: The spec, whose only container is `container`.
+        container: Ray's container, which comes first: KubeRay takes it for Ray.
+        settings: The settings.
+    """
+    pages = {f"hugepages-{size}": amount for size, amount in settings.hugepages.items()}
+    claims = [{"name": claim.name} for claim in settings.resource_claims]
+    resources = models.Resources(
+        requests=container.resources.requests | pages,
+        limits=container.resources.limits | pages,
+        claims=claims or None,
+    )
+    mounts = [
+        Mount(
+            name=mount.name,
+            mount_path=mount.mount_path,
+            sub_path=mount.sub_path,
+            read_only=mount.read_only or None,
+        )
+        for mount in settings.mounts
+    ]
+    container = container.model_copy(
+        update={
+            "resources": resources,
+            "volume_mounts": [*(container.volume_mounts or []), *mounts],
+        }
+    )
+    sidecars = [
+        {"securityContext": _build_container_security(), **sidecar} for sidecar in settings.sidecars
+    ]
+    return spec.model_copy(
+        update={
+            "containers": [container, *sidecars],
+            "volumes": [*(spec.volumes or []), *settings.volumes],
+            "affinity": _merge_affinity(spec.affinity, settings.affinity),
+            "topology_spread_constraints": list(settings.topology_spread) or None,
+            "runtime_class_name": settings.runtime_class,
+            "resource_claims": [
+                {
+                    "name": claim.name,
+                    **(
+                        {"resourceClaimName": claim.claim}
+                        if claim.claim
+                        else {"resourceClaimTemplateName": claim.template or ""}
+                    ),
+                }
+                for claim in settings.resource_claims
+            ]
+            or None,
+        }
+    )
+
+
+def _merge_affinity(own: dict[str, Any] | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the site's affinity with the terms that a job itself needs added."""
+    merged: dict[str, Any] = copy.deepcopy(settings)
+    for kind, rules in (own or {}).items():
+        for rule, terms in rules.items():
+            group = merged.setdefault(kind, {})
+            group[rule] = [*group.get(rule, []), *terms]
+    return merged or None
 
 
 def _build_pod_spec(

@@ -43,8 +43,7 @@ _REASONS = {
         "Ray and Kubernetes report different end states"
     ),
     "JobStatusCheckTimeoutExceeded": (
-        "its head node stopped answering, and KubeRay does not restart such a job: `lorafleet "
-        "resume` continues the run"
+        "its head did not answer for 300 seconds, and KubeRay does not restart such a job"
     ),
     "ValidationFailed": "the operator rejected it",
 }

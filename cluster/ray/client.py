@@ -26,6 +26,8 @@ _LOGGER = logging.getLogger(__name__)
 _MAX_BYTES = 500_000_000
 """Largest input or output of a command in bytes: Ray accepts packages of half a GiB."""
 _COMMAND_TIMEOUT_SECONDS = 1800.0
+_ABANDON_SECONDS = 15.0
+"""Longest wait for the end of a job that is not needed any more. Ray kills one after 3 seconds."""
 _REQUEST_TIMEOUTS = (5.0, 60.0)
 """Timeouts in seconds: to connect, and for a response."""
 _ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -75,6 +77,9 @@ class RayJobs:
         self.address = address
         from ray.job_submission import JobSubmissionClient
 
+        # Ray reports each upload on the terminal, where only the user's own lines belong.
+        logging.getLogger("ray").setLevel(logging.WARNING)
+
         class Client(JobSubmissionClient):  # type: ignore[misc]
             """Ray's client with timeouts: its requests could otherwise wait for ever."""
 
@@ -98,10 +103,14 @@ class RayJobs:
             ) from error
         except (RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
+            if _is_connection_error(error):
+                raise RayUnreachable(
+                    f"the Ray cluster at {self.address} is unreachable ({reason}): check "
+                    "`address` in the site file, and whether the cluster runs"
+                ) from error
             raise RayUnreachable(
                 f"the request to the Ray cluster at {self.address} failed: {reason}. If the "
-                "cluster is down or not reachable from this machine, check `address` in the site "
-                "file, and run `lorafleet doctor --on SITE`"
+                "cluster has problems, `lorafleet doctor --on SITE` may show which"
             ) from error
 
     def get_nodes(self) -> tuple[Node, ...]:
@@ -178,6 +187,15 @@ class RayJobs:
             self.client.delete_job(name)
 
 
+def _is_connection_error(error: BaseException) -> bool:
+    """Return whether no server answered. requests' errors are OSErrors, Ray's a ConnectionError."""
+    import requests
+
+    kinds = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
+    causes = (error, error.__cause__, error.__context__)
+    return any(isinstance(cause, kinds) for cause in causes if cause is not None)
+
+
 @dataclass(frozen=True)
 class JobCommandRunner:
     """Runs commands that see the storage, each as a short job on the cluster's head.
@@ -214,9 +232,14 @@ class JobCommandRunner:
                     f"{_MAX_BYTES / 1e6:,.0f}: copy the files to the storage yourself, and use "
                     "their path there in the job file"
                 )
-            self.jobs.submit(name, shlex.join(line), Path(folder), {"lorafleet": "relay"})
-        info = self._wait_for_end(name)
-        output = self.jobs.read_output(name)
+            try:
+                self.jobs.submit(name, shlex.join(line), Path(folder), {"lorafleet": "relay"})
+                info = self._wait_for_end(name)
+                output = self.jobs.read_output(name)
+            # Also an interrupt: the cluster's other users must not find half-done jobs of ours.
+            except BaseException:
+                self._abandon(name)
+                raise
         self.jobs.delete(name)
         # Ray and the environment may print before the marker.
         match = re.search(rf"^{RELAYED} (\{{.*\}})$", output, re.MULTILINE)
@@ -243,10 +266,23 @@ class JobCommandRunner:
             if info is not None and info.ended:
                 return info
             time.sleep(0.3)
-        self.jobs.stop(name)
         raise CommandFailed(
             f"job {name} did not end within {_COMMAND_TIMEOUT_SECONDS / 60:.0f} minutes"
         )
+
+    def _abandon(self, name: str) -> None:
+        """Stop a job and delete it from Ray's list, as far as the cluster answers."""
+        deadline = time.monotonic() + _ABANDON_SECONDS
+        with contextlib.suppress(RayUnreachable):
+            info = self.jobs.get_info(name)
+            if info is None:
+                return
+            if not info.ended:
+                self.jobs.stop(name)
+            while time.monotonic() < deadline and not (info is None or info.ended):
+                time.sleep(0.3)
+                info = self.jobs.get_info(name)
+            self.jobs.delete(name)
 
 
 def relay(source: Path, command: list[str]) -> None:

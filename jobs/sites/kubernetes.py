@@ -28,6 +28,8 @@ LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A
 Labels = dict[LabelKey, LabelValue]
 WORKER_LABELS = {"lorafleet.dev/role": "worker"}
 """Ray labels of worker pods; trials run only on nodes with them."""
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|k|M|G|T)?$")]
+"""Amount as Kubernetes writes it, such as 500m or 2Gi."""
 ContainerPath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$", max_length=200)]
 """Absolute path in a container, without spaces."""
 
@@ -79,6 +81,93 @@ class Toleration(Spec):
         return values | {"operator": self.operator or ("Exists" if self.value is None else "Equal")}
 
 
+class VolumeMount(Spec):
+    """A place where pods see a volume."""
+
+    name: Name
+    """Name of the volume."""
+    mount_path: ContainerPath
+    """Path in the container."""
+    sub_path: Annotated[str, Field(min_length=1, max_length=400)] | None = None
+    """Folder of the volume. Default: all of it."""
+    read_only: bool = False
+    """True to mount it read-only."""
+
+
+class ResourceClaim(Spec):
+    """Devices that dynamic resource allocation (DRA) gives a pod."""
+
+    name: Name
+    """Name of the claim in the pod."""
+    claim: Name | None = None
+    """ResourceClaim in the namespace."""
+    template: Name | None = None
+    """ResourceClaimTemplate in the namespace, of which each pod gets a claim of its own."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> ResourceClaim:
+        if (self.claim is None) == (self.template is None):
+            raise ValueError("set one of claim and template")
+        return self
+
+
+class PodSettings(Spec):
+    """What a cluster's own tools and hardware need in the pods of a job.
+
+    Values of the type mapping are Kubernetes' own, with its spelling (`topologyKey`).
+    """
+
+    annotations: dict[LabelKey, str] = {}
+    """Annotations of these pods, in addition to those of the site."""
+    labels: Labels = {}
+    """Labels of these pods, in addition to those of the site."""
+    volumes: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
+    """Volumes, as Kubernetes writes them: `{name: data, persistentVolumeClaim: {claimName: x}}`."""
+    mounts: Annotated[tuple[VolumeMount, ...], Field(strict=False)] = ()
+    """Where Ray's container sees these volumes."""
+    affinity: dict[str, Any] = {}
+    """Affinity of the pods."""
+    topology_spread: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
+    """Topology spread constraints of the pods."""
+    runtime_class: Name | None = None
+    """RuntimeClass of the pods, such as nvidia or gvisor."""
+    hugepages: dict[Literal["2Mi", "1Gi"], Quantity] = {}
+    """Huge pages of Ray's container, by page size: `{2Mi: 1Gi}`."""
+    sidecars: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
+    """Further containers of the pods, as Kubernetes writes them. Those without a security context
+    get that of Ray's container.
+    """
+    resource_claims: Annotated[tuple[ResourceClaim, ...], Field(strict=False)] = ()
+    """Device claims of Ray's container."""
+
+    @model_validator(mode="after")
+    def _check_mounts(self) -> PodSettings:
+        """Check that each mount names a volume, and each volume and sidecar has a name."""
+        for field in ("volumes", "sidecars"):
+            for item in getattr(self, field):
+                if not isinstance(item.get("name"), str):
+                    raise ValueError(f"each of {field} needs a name")
+        known = {volume["name"] for volume in self.volumes} | {"storage", "tmp", "job"}
+        for mount in self.mounts:
+            if mount.name not in known:
+                raise ValueError(f"mounts names {mount.name}, but volumes has no such volume")
+        return self
+
+
+HardeningPoint = Literal[
+    "capabilities",
+    "escalation",
+    "host_namespaces",
+    "host_paths",
+    "image_digest",
+    "non_root",
+    "seccomp",
+    "service_account_token",
+    "token_auth",
+]
+"""A point of hardening that a check of the manifest looks for."""
+
+
 class KubernetesHead(Spec):
     """The pod of Ray's head and the driver; no trial runs in it."""
 
@@ -94,6 +183,8 @@ class KubernetesHead(Spec):
     """Taints that it tolerates."""
     priority_class: Name | None = None
     """Priority class of the pod."""
+    pod: PodSettings = PodSettings()
+    """Further settings of the pod."""
 
 
 class Storage(Spec):
@@ -301,6 +392,8 @@ class KubernetesSite(Spec):
     """Taints that worker pods tolerate."""
     priority_class: Name | None = None
     """Priority class of worker pods."""
+    pod: PodSettings = PodSettings()
+    """Further settings of worker pods."""
     head: KubernetesHead = KubernetesHead()
     """The pod of Ray's head and the driver."""
     autoscale: bool = False
@@ -339,6 +432,8 @@ class KubernetesSite(Spec):
     """
     labels: Labels = {}
     """Labels of all objects that are created, such as team or cost centre."""
+    annotations: dict[LabelKey, str] = {}
+    """Annotations of all pods that are created."""
     user: (
         Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")] | None
     ) = None
@@ -347,8 +442,14 @@ class KubernetesSite(Spec):
     """User id of all processes; it must match the image. Default: 1000."""
     run_as_group: int = Field(100, ge=1, le=2**31 - 1)
     """Group id of all processes and of the volume's files. Default: 100."""
-    patch: dict[str, Any] = {}
-    """JSON merge patch (RFC 7386) for the RayJob, applied last. The result is checked again."""
+    patch: dict[str, Any] | list[dict[str, Any]] = {}
+    """Patch for the RayJob, applied last: a mapping is a JSON merge patch (RFC 7386), a list is a
+    JSON Patch (RFC 6902). The result is checked again.
+    """
+    weaken: Annotated[tuple[HardeningPoint, ...], Field(strict=False)] = ()
+    """Points of hardening that `patch` and `pod` may weaken. A point that is not named here is
+    refused.
+    """
 
     @property
     def display_name(self) -> str:

@@ -39,6 +39,13 @@ _FINALIZER = "ray.io/rayjob-finalizer"
 OVERRIDES = {"GRPC_DNS_RESOLVER": "native"}
 """gRPC's own resolver does not read /etc/hosts."""
 _OBJECT_STORE = 90_000_000
+_NODE_GRACE_SECONDS = 40.0
+"""How long Kubernetes waits for a silent node before it taints it (node-monitor-grace-period)."""
+_DEFAULT_TOLERATION_SECONDS = 300.0
+"""What Kubernetes itself adds to pods for a node that is not reachable."""
+_STATUS_CHECK_SECONDS = 300.0
+"""After how long without an answer of the head KubeRay gives a RayJob up, and tries no other."""
+_UNREACHABLE = "node.kubernetes.io/unreachable"
 
 
 def missing() -> str | None:
@@ -130,6 +137,8 @@ class Operator:
     attempts: list[str] = field(default_factory=list)
     """Names of the clusters, in the order in which they were made."""
     ttl_scale: float = 0.1
+    node_scale: float = 0.1
+    """Times around a lost node are shortened by this."""
     made: list[Path] = field(default_factory=list)
     spawner: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     """Whose one thread starts all pods: a parent's death (--pdeathsig) is that of the thread."""
@@ -336,6 +345,24 @@ class Operator:
                 self.server._gone(("Pod", "default", pod.name))
         subprocess.run(["ip", "link", "del", f"lfk{pod.number}"], capture_output=True, check=False)
 
+    def lose_node(self, pod: Pod) -> None:
+        """The node of a pod is lost: all that ran is gone at once, and the pod's object stays until
+        Kubernetes evicts it.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pod.parent, signal.SIGKILL)
+        seconds = _NODE_GRACE_SECONDS + next(
+            (
+                float(row["tolerationSeconds"])
+                for row in pod.spec.get("tolerations") or []
+                if row.get("key") == _UNREACHABLE and "tolerationSeconds" in row
+            ),
+            _DEFAULT_TOLERATION_SECONDS,
+        )
+        evict = threading.Timer(seconds * self.node_scale, self.kill, args=(pod,))
+        evict.daemon = True
+        evict.start()
+
     def _end_gently(self, pod: Pod) -> None:
         """preStop, then SIGTERM, then the end: all within the grace period."""
         ends = time.monotonic() + pod.spec.get("terminationGracePeriodSeconds", 30)
@@ -406,9 +433,9 @@ class Operator:
             cluster = f"{name}-{secrets.token_hex(3)[:5]}"
             self.attempts.append(cluster)
             outcome = self._attempt(name, cluster)
-            if (
-                outcome["jobDeploymentStatus"] == "Failed"
-                and outcome["reason"] != "DeadlineExceeded"
+            if outcome["jobDeploymentStatus"] == "Failed" and outcome["reason"] not in (
+                "DeadlineExceeded",
+                "JobStatusCheckTimeoutExceeded",
             ):
                 failed += 1
                 if failed <= most:
@@ -460,8 +487,16 @@ class Operator:
         tries = 1 + int(get(job, "spec.submitterConfig.backoffLimit") or 0)
         submitter = self._submitter(job, cluster, submission, tries)
         told: dict[str, Any] = {}
+        heard = time.monotonic()
         while True:
             self._job(name)
+            if time.monotonic() - heard > _STATUS_CHECK_SECONDS * self.node_scale:
+                return {
+                    "jobDeploymentStatus": "Failed",
+                    "jobStatus": told.get("status", ""),
+                    "reason": "JobStatusCheckTimeoutExceeded",
+                    "message": "the head has not answered for 300 seconds",
+                }
             if time.monotonic() - began > deadline:
                 return {
                     "jobDeploymentStatus": "Failed",
@@ -472,14 +507,15 @@ class Operator:
                 return {
                     "jobDeploymentStatus": "Failed",
                     "jobStatus": told.get("status", ""),
-                    "reason": "JobStatusCheckTimeoutExceeded",
-                    "message": "the head is lost",
+                    "reason": "AppFailed",
+                    "message": "the submitter has used up its retries",
                 }
             for index, pod in enumerate(workers):
                 if pod.name not in self.pods:
                     workers[index] = self._worker(job, cluster, *groups[index])
             with contextlib.suppress(OSError):
                 told = self._ask(cluster, f"/api/jobs/{submission}")
+                heard = time.monotonic()
                 self._set(name, jobStatus=told["status"], message=told.get("message") or "")
             if submitter.code not in (None, 0) and tries > 1:
                 tries -= 1

@@ -171,6 +171,35 @@ def test_the_head_is_killed(user: User, bert_job: JobMaker) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("tolerates", [True, False])
+def test_the_heads_node_is_lost(user: User, bert_job: JobMaker, tolerates: bool) -> None:
+    """Kubernetes evicts the head before KubeRay gives the job up; with its own tolerations of 300
+    seconds it would be too late, and the user is told how to go on.
+    """
+    if not tolerates:
+        pod = {"template": {"spec": {"tolerations": []}}}
+        patch = {"spec": {"rayClusterSpec": {"headGroupSpec": pod}}}
+        user.write_site(more=f"patch: {json.dumps(patch)}")
+    run = user.submit(
+        bert_job(LONG, train__checkpoint_minutes=0.02, search__max_concurrent_trials=2)
+    )
+    there = user.there(run)
+    user.when(run, lambda: checkpoints(there))
+    head = next(pod for name, pod in user.operator.pods.items() if name.endswith("-head"))
+    user.operator.lose_node(head)
+    if tolerates:
+        user.when(run, lambda: user.status(run)["state"] == "finished", 420)
+        assert len(user.operator.attempts) == 2
+        no_step_twice(there)
+        return
+    user.when(run, lambda: user.status(run)["state"] == "stopped", 120)
+    said = user.status(run)["place"]
+    assert "did not answer" in said
+    assert f"continue it with `lorafleet resume {run.id}`" in said
+    assert len(user.operator.attempts) == 1
+
+
+@pytest.mark.long
 def test_a_deadline(user: User, bert_job: JobMaker) -> None:
     """No other cluster is tried; the workers go at once, saving, and `resume` goes on."""
     user.write_site(more="deadlines: {hours: 0.02, save_seconds: 60}")

@@ -37,7 +37,10 @@ class Rigs:
             return self.rig
         self.end()
         root = make_debian(suite) if suite else None
-        self.suite, self.rig = suite, Rig(Path(tempfile.mkdtemp(prefix="rig-", dir="/tmp")), root=root)
+        self.suite, self.rig = (
+            suite,
+            Rig(Path(tempfile.mkdtemp(prefix="rig-", dir="/tmp")), root=root),
+        )
         self.rig.up()
         return self.rig
 

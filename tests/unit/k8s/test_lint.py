@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from lorafleet.jobs.runs.run import RunState
+from lorafleet.jobs.sites.kubernetes import HardeningPoint
 from lorafleet.k8s.crd import Schema
-from lorafleet.k8s.lint import RULES, get, lint, parse_quantity
+from lorafleet.k8s.lint import RULES, get, is_gpu_resource, lint, parse_quantity
+from lorafleet.k8s.manifest_check import check_rules
 from lorafleet.k8s.states import find_pending_reason, parse_job_state
 from tests.conftest import ROOT
-from tests.unit.k8s.test_render import bare, rayjob, schema, sites
+from tests.unit.k8s.test_render import IMAGE, bare, rayjob, schema, sites
 
 __all__ = ["schema"]
 Tree = dict[str, Any]
@@ -23,8 +25,12 @@ HEAD, WORKERS = "spec.rayClusterSpec.headGroupSpec", "spec.rayClusterSpec.worker
 
 
 def put(tree: Tree, path: str, value: Any) -> None:
-    """Set a dotted path, with numbers for the places of lists; None removes."""
+    """Set a dotted path, with numbers for the places of lists, and ! for a dot in the last key.
+
+    None removes.
+    """
     *way, last = path.split(".")
+    last = last.replace("!", ".")
     for part in way:
         tree = tree[int(part)] if part.isdigit() else tree.setdefault(part, {})  # type: ignore[index]
     if value is None:
@@ -210,16 +216,98 @@ CASES: list[Case] = [
         f"{HEAD}.rayStartParams.num-cpus",
     ),
     (
-        "restricted",
+        "non_root",
         plain,
         {"spec.submitterPodTemplate.spec.securityContext": {}},
         "spec.submitterPodTemplate.spec.securityContext.runAsNonRoot",
     ),
     (
-        "restricted",
+        "non_root",
+        plain,
+        {f"{WORKERS}.0.template.spec.containers.0.securityContext.runAsUser": 0},
+        f"{WORKERS}[0].template.spec.containers[0].securityContext.runAsNonRoot",
+    ),
+    (
+        "seccomp",
+        plain,
+        {f"{HEAD}.template.spec.securityContext.seccompProfile.type": "Unconfined"},
+        f"{HEAD}.template.spec.securityContext.seccompProfile",
+    ),
+    (
+        "seccomp",
+        plain,
+        {
+            f"{HEAD}.template.spec.containers.0.securityContext.seccompProfile": {
+                "type": "Unconfined"
+            }
+        },
+        f"{HEAD}.template.spec.containers[0].securityContext.seccompProfile",
+    ),
+    (
+        "escalation",
         plain,
         {f"{WORKERS}.0.template.spec.containers.0.securityContext": {}},
+        f"{WORKERS}[0].template.spec.containers[0].securityContext.allowPrivilegeEscalation",
+    ),
+    (
+        "escalation",
+        plain,
+        {f"{WORKERS}.0.template.spec.containers.0.securityContext.privileged": True},
+        f"{WORKERS}[0].template.spec.containers[0].securityContext.privileged",
+    ),
+    (
+        "capabilities",
+        plain,
+        {f"{WORKERS}.0.template.spec.containers.0.securityContext.capabilities": {}},
         f"{WORKERS}[0].template.spec.containers[0].securityContext.capabilities",
+    ),
+    (
+        "capabilities",
+        plain,
+        {f"{WORKERS}.0.template.spec.containers.0.securityContext.capabilities.add": ["IPC_LOCK"]},
+        f"{WORKERS}[0].template.spec.containers[0].securityContext.capabilities.add",
+    ),
+    (
+        "host_namespaces",
+        plain,
+        {f"{WORKERS}.0.template.spec.hostNetwork": True},
+        f"{WORKERS}[0].template.spec.hostNetwork",
+    ),
+    (
+        "host_namespaces",
+        plain,
+        {f"{HEAD}.template.spec.containers.0.ports.0.hostPort": 6379},
+        f"{HEAD}.template.spec.containers[0].ports[0].hostPort",
+    ),
+    (
+        "host_paths",
+        plain,
+        {f"{WORKERS}.0.template.spec.volumes.0": {"name": "job", "hostPath": {"path": "/"}}},
+        f"{WORKERS}[0].template.spec.volumes[0].hostPath",
+    ),
+    (
+        "escalation",
+        plain,
+        {f"{HEAD}.template.spec.initContainers": [{"name": "x", "image": IMAGE}]},
+        f"{HEAD}.template.spec.initContainers[0].securityContext.allowPrivilegeEscalation",
+    ),
+    (
+        "service_account_token",
+        plain,
+        {f"{WORKERS}.0.template.spec.automountServiceAccountToken": None},
+        f"{WORKERS}[0].template.spec.automountServiceAccountToken",
+    ),
+    (
+        "gpu_names",
+        plain,
+        {f"{WORKERS}.0.template.spec.containers.0.resources.limits.nvidia!com/gpu!shared": "1"},
+        f"{WORKERS}[0].template.spec.containers[0].resources.limits.nvidia.com/gpu.shared",
+    ),
+    (
+        "image_digest",
+        plain,
+        {f"{HEAD}.template.spec.containers.0.image": "registry/lorafleet:0.1.0"},
+        f"{HEAD}.template.spec.containers[0].image",
     ),
     (
         "grace",
@@ -298,6 +386,54 @@ def test_every_rule_has_a_wrong_example_and_a_source() -> None:
     assert len(RULES) >= 30
     assert f"{len(RULES)} rules" in (ROOT / "docs" / "kubernetes.md").read_text()
     assert all(rule.source for rule in RULES)
+
+
+def test_a_weakened_point_must_be_named() -> None:
+    patch = {"spec": {"rayClusterSpec": {"authOptions": {"mode": "disabled"}}}}
+    refused = check_rules(bare(patch=patch), 1, rayjob(bare(patch=patch)))
+    assert refused == [
+        "spec.rayClusterSpec.authOptions.mode: anyone who can reach the head can run code: must be "
+        "token (or name token_auth in `weaken` of the site file)"
+    ]
+    allowed = bare(patch=patch, weaken=["token_auth"])
+    assert check_rules(allowed, 1, rayjob(allowed)) == []
+    root = bare(
+        pod={"sidecars": [{"name": "agent", "image": IMAGE, "securityContext": {}}]},
+        weaken=["escalation"],
+    )
+    (left,) = check_rules(root, 1, rayjob(root))
+    assert "containers[1].securityContext.capabilities: must drop: [ALL]" in left
+    points = {rule.point for rule in RULES if rule.point}
+    assert points == set(get_args(HardeningPoint))
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("nvidia.com/gpu", True),
+        ("amd.com/gpu", True),
+        ("nvidia.com/mig-1g.5gb", True),
+        ("nvidia.com/mig-1g.5gb.me", False),
+        ("nvidia.com/gpu.shared", False),
+        ("gpu.intel.com/i915", False),
+    ],
+)
+def test_gpus_that_kuberay_counts(name: str, counts: bool) -> None:
+    """From its v1.7.0: others would give pods with GPUs that Ray does not know of."""
+    site = bare(gpu_resource=name, gpus_per_node=1)
+    assert is_gpu_resource(name) is counts
+    found = [finding.path for finding in lint(rayjob(site)) if finding.rule == "gpu_names"]
+    limits = f"{WORKERS}[0].template.spec.containers[0].resources.limits"
+    assert found == ([] if counts else [f"{limits}.{name}"])
+    patch = [
+        {
+            "op": "add",
+            "path": "/spec/rayClusterSpec/workerGroupSpecs/0/rayStartParams/num-gpus",
+            "value": "1",
+        }
+    ]
+    patched = bare(gpu_resource=name, gpus_per_node=1, patch=patch)
+    assert lint(rayjob(patched)) == []
 
 
 def test_quantities() -> None:

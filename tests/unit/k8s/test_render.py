@@ -40,6 +40,60 @@ BARE = {
     "cpus_per_node": 4,
     "memory_gb_per_node": 16.0,
 }
+EXTENDED: dict[str, Any] = {
+    "annotations": {"policy.corp/team": "nlp", "karpenter.sh/do-not-disrupt": "false"},
+    "storage": {"claim": "runs", "read_write_many": False},
+    "pod": {
+        "annotations": {"sidecar.istio.io/inject": "false"},
+        "labels": {"cost-centre": "4711"},
+        "volumes": [
+            {"name": "data", "persistentVolumeClaim": {"claimName": "corpora", "readOnly": True}},
+            {"name": "certs", "configMap": {"name": "corp-ca"}},
+            {"name": "hugepages", "emptyDir": {"medium": "HugePages-2Mi"}},
+        ],
+        "mounts": [
+            {"name": "data", "mount_path": "/data", "sub_path": "texts", "read_only": True},
+            {"name": "certs", "mount_path": "/etc/corp-ca", "read_only": True},
+        ],
+        "affinity": {
+            "nodeAffinity": {
+                "preferredDuringSchedulingIgnoredDuringExecution": [
+                    {
+                        "weight": 10,
+                        "preference": {
+                            "matchExpressions": [
+                                {"key": "disk", "operator": "In", "values": ["nvme"]}
+                            ]
+                        },
+                    }
+                ]
+            }
+        },
+        "topology_spread": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "topology.kubernetes.io/zone",
+                "whenUnsatisfiable": "ScheduleAnyway",
+            }
+        ],
+        "runtime_class": "nvidia",
+        "hugepages": {"2Mi": "1Gi"},
+        "sidecars": [
+            {
+                "name": "agent",
+                "image": "registry/agent@sha256:" + "3" * 64,
+                "resources": {"limits": {"cpu": "100m", "memory": "64Mi"}},
+            }
+        ],
+        "resource_claims": [
+            {"name": "gpus", "template": "one-gpu"},
+            {"name": "nic", "claim": "shared-nic"},
+        ],
+    },
+    "head": {"pod": {"runtime_class": "gvisor", "labels": {"cost-centre": "4711"}}},
+    "nodes": 1,
+}
+"""Everything that a platform team may add to pods."""
 ORDER = RenderContext(
     run="quickstart-a1b2c3",
     submission=1,
@@ -66,6 +120,7 @@ def sites() -> dict[str, KubernetesSite]:
         "yunikorn": bare(scheduler={"kind": "yunikorn", "queue": "root.research"}),
         "kai": bare(scheduler={"kind": "kai", "queue": "research"}),
         "autoscaled": bare(autoscale=True, network_policy=False),
+        "extended": bare(**EXTENDED),
         "patched": bare(
             patch={"metadata": {"annotations": {"note": "ours"}}, "spec": {"backoffLimit": 0}}
         ),

@@ -567,6 +567,24 @@ def supports_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def describe_missing_bfloat16(job: JobSpec, device: torch.device) -> str | None:
+    """Return a warning if `auto` computes in float32 because the GPU lacks bfloat16.
+
+    float16 is never chosen by itself: it needs loss scaling, and a run in it can diverge where
+    float32 does not.
+    """
+    if device.type != "cuda" or supports_bfloat16(device):
+        return None
+    if job.train.mixed_precision != "auto" or job.model.dtype != "auto":
+        return None
+    sharded = job.resources.strategy not in ("auto", "ddp")
+    advice = (
+        "" if sharded else ": train.mixed_precision=fp16 is faster there, and must be asked for"
+    )
+    gpu = torch.cuda.get_device_name(device)
+    return f"{gpu} does not support bfloat16, so the trial computes in float32{advice}"
+
+
 def check_number_formats(job: JobSpec, device: torch.device) -> None:
     """Raise UserError if the job names a number format that the GPU lacks."""
     if device.type != "cuda" or supports_bfloat16(device):

@@ -30,7 +30,7 @@ from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.schedule import Schedule, build_schedule
 from lorafleet.training.checkpoint import find_newest_intact
-from lorafleet.training.model import Base
+from lorafleet.training.model import Base, describe_missing_bfloat16
 from lorafleet.training.session import TrainingSession
 from lorafleet.training.strategies import Ranks
 from lorafleet.training.watchdog import Watchdog
@@ -162,10 +162,7 @@ class TrialRun:
         return job
 
     def warn_of_layout(self) -> None:
-        """Set a warning if Ray placed the group on another number of machines than `num_nodes`.
-
-        With several processes per machine, Ray treats the number as a preference only.
-        """
+        """Set a warning if Ray placed the group on another number of machines than `num_nodes`."""
         requested = self.job.resources.num_nodes
         if self.nodes != requested:
             layout = (
@@ -187,7 +184,10 @@ class TrialRun:
         self.session = TrainingSession.build(self.job, base, self.data, self.plan)
         self.session.on_pass = self._handle_pass
         folder, damage_warning = self._find_checkpoint()
-        self.warning = "; ".join(filter(None, (self.warning, damage_warning))) or None
+        # Once for a trial, not once for each of its processes' starts.
+        format_warning = describe_missing_bfloat16(self.job, base.device) if not folder else None
+        warnings = filter(None, (self.warning, format_warning, damage_warning))
+        self.warning = "; ".join(warnings) or None
         if folder is not None:
             extra = self.session.load(folder)
             self.best, self.no_better = extra.get("best"), extra.get("no_better", 0)

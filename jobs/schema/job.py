@@ -371,7 +371,7 @@ class TrainSpec(Spec):
     """Minutes between checkpoints within a trial. Every evaluation also saves a checkpoint."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Number format of the arithmetic. `auto`: bf16 on GPUs that support it and with bfloat16
-    weights, else none.
+    weights, else none. fp16 must be asked for, also on GPUs without bfloat16.
     """
     chunked_loss: bool = True
     """Compute the loss of a causal model in chunks, without storing all logits, if its head is

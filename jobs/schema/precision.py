@@ -47,8 +47,11 @@ def describe_planned_formats(job: JobSpec, *, cuda: bool) -> str:
     precision = "bf16" if mixed == "auto" and (cuda or weights == "bfloat16") else mixed
     arithmetic = _AUTOCAST.get(precision)
     depends_on_gpu = cuda and "auto" in (job.model.dtype, mixed)
-    return describe_number_formats(job, weights, arithmetic) + (
-        ", if the GPU supports bfloat16" if depends_on_gpu else ""
+    if not depends_on_gpu:
+        return describe_number_formats(job, weights, arithmetic)
+    return (
+        f"{describe_number_formats(job, weights, arithmetic)}, if the GPU supports bfloat16; else "
+        "float32 (train.mixed_precision: fp16 must be asked for)"
     )
 
 

@@ -26,7 +26,8 @@ from lorafleet.jobs.schema.precision import describe_planned_formats
 from lorafleet.jobs.sites.base import LocalSite
 from lorafleet.jobs.trials.arms import build_arm_job
 from lorafleet.jobs.trials.sampling import UNSEARCHABLE_REASONS
-from lorafleet.training.model import check_number_formats
+from lorafleet.training.evaluation import resolve_autocast_dtype
+from lorafleet.training.model import check_number_formats, describe_missing_bfloat16
 from lorafleet.training.optim import compute_rate_factor
 from tests.conftest import JobMaker, lorafleet_here, write_rows
 from tests.unit.training.test_session import finish, session
@@ -143,6 +144,14 @@ def test_bfloat16_that_the_gpu_does_not_have(
             UserError, match=f"is {value}, but Tesla V100 does not support bfloat16"
         ):
             check_number_formats(bert_job(**{field: value}).job, gpu)
+    assert describe_missing_bfloat16(bert_job().job, gpu) == (
+        "Tesla V100 does not support bfloat16, so the trial computes in float32: "
+        "train.mixed_precision=fp16 is faster there, and must be asked for"
+    )
+    asked = bert_job(train__mixed_precision="fp16").job
+    assert describe_missing_bfloat16(asked, gpu) is None
+    assert resolve_autocast_dtype(asked, gpu) is torch.float16
+    assert describe_missing_bfloat16(bert_job().job, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
@@ -159,12 +168,14 @@ def test_bfloat16_that_the_gpu_does_not_have(
         (
             {},
             True,
-            "weights bfloat16; arithmetic bfloat16 (autocast), if the GPU supports bfloat16",
+            "weights bfloat16; arithmetic bfloat16 (autocast), if the GPU supports bfloat16; "
+            "else float32 (train.mixed_precision: fp16 must be asked for)",
         ),
         (
             {"method": "full"},
             True,
-            "weights float32; arithmetic bfloat16 (autocast), if the GPU supports bfloat16",
+            "weights float32; arithmetic bfloat16 (autocast), if the GPU supports bfloat16; "
+            "else float32 (train.mixed_precision: fp16 must be asked for)",
         ),
         (
             {"train__mixed_precision": "no", "model__dtype": "float32"},

@@ -414,7 +414,10 @@ def resolve_ray_address(
     if not pinned:
         files.write_json(environment_file, {name: first.get_version(name) for name in PINNED})
     busy = sorted({port for report in node_reports for port in report.busy})
-    first_port, last_port = choose_ports(busy, stated.cpus, job)
+    cpus = stated.cpus
+    if os.environ.get("LF_WHOLE_NODES"):  # each worker of Ray needs a port
+        cpus = max([cpus, *(report.cpus or 0 for report in node_reports)])
+    first_port, last_port = choose_ports(busy, cpus, job)
     return f"{first.address} {first_port} {last_port}"
 
 

@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorafleet.cluster.execution.node import choose_ports
 from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.loading.site_file import load_site
 from lorafleet.jobs.runs.stale_folders import remove_orphans
@@ -101,6 +103,24 @@ def test_a_linter_and_bash_accept_them(name: str, tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stdout
+
+
+def test_the_page_for_administrators_is_about_this_script() -> None:
+    """It names every step, and its site file is one; it and the script are short enough to read."""
+    page = (ROOT / "docs" / "slurm-admins.md").read_text()
+    texts = [text for site in sites().values() for text in rendered(site).values()]
+    steps = {name for text in texts for name in re.findall(r"--job-name=(lf-[a-z]+)", text)}
+    assert steps == set(re.findall(r"^\| step `(lf-[a-z]+)`", page, re.MULTILINE))
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    site = yaml.safe_load(text)
+    locked = site.pop("locked")
+    assert set(locked) <= set(SlurmSite.model_fields)
+    SlurmSite.model_validate({"name": "all", **site})
+    (range_text,) = re.findall(r"between (\d+) and (\d+)", page)
+    first, last = map(int, range_text)
+    low, _ = choose_ports([], 4, 1)
+    assert first <= low < last
+    assert len(page.splitlines()) <= 250
 
 
 word = st.text(

@@ -25,7 +25,13 @@ from lorafleet.cluster.execution.node import request_stop
 from lorafleet.cluster.fetch import fetch_asset, fetch_job
 from lorafleet.cluster.planning.earlier_runs import read_earlier_trials
 from lorafleet.cluster.planning.plan import make_plan
-from lorafleet.cluster.submission import SubmissionRecord, read_record, write_record, write_run
+from lorafleet.cluster.submission import (
+    SubmissionRecord,
+    find_record,
+    read_record,
+    write_record,
+    write_run,
+)
 from lorafleet.jobs import files
 from lorafleet.jobs.data.assets import get_asset, get_cache_dir
 from lorafleet.jobs.data.hub import get_hub_cache
@@ -587,6 +593,9 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
             they run.
     """
     own_state, reason = run.state, str(run.read_status().reason or "")
+    if own_state is RunState.FINISHED and _is_over(run):
+        # Whatever of the submission is still in the queue will find nothing to do.
+        return RunStatus(own_state, reason)
     active_records = [record for record in records if not get_job_state(record.state).ended]
     if active_records:
         current = next(
@@ -660,6 +669,12 @@ def _find_last_started(records: list[JobRecord]) -> JobRecord | None:
     """Return a chain's last job that started; cancelled successors carry no information."""
     started = [record for record in records if record.nodes or record.state != "CANCELLED"]
     return next(reversed(started or records), None)
+
+
+def _is_over(run: Run) -> bool:
+    """Return whether the script of the newest submission has recorded that nothing is left."""
+    record = find_record(run)
+    return record is not None and (run.path / _FOLDER / f"over-{record.submission}").is_file()
 
 
 def _count_restarts(run: Run, record: JobRecord) -> int:

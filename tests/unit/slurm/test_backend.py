@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from lorafleet.cluster.backends import create_cluster_backend
+from lorafleet.cluster.submission import SubmissionRecord, write_record
 from lorafleet.jobs.data.assets import get_cache_dir
 from lorafleet.jobs.data.hub import get_hub_cache
 from lorafleet.jobs.errors import JobFileError, PlacementRefused, UserError
@@ -209,6 +210,18 @@ def test_many_jobs_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--jobs=9,12,13,14,15" in asked[0]
     assert "--jobs=13,14,15" in asked[1]
     assert asked[2][-1] == "15"
+
+
+def test_a_finished_run_does_not_wait_for_what_is_left_in_the_queue(run: Run) -> None:
+    run.set_state(RunState.RUNNING)
+    run.set_state(RunState.FINISHED)
+    waits = [record("PENDING", reason="BeginTime")]
+    assert derive_status(run, "9", waits).state is RunState.PENDING  # submitted again
+    write_record(run, SubmissionRecord(kind="slurm", site={}, submission=2))
+    (run.path / "slurm" / "over-1").touch()
+    assert derive_status(run, "9", waits).state is RunState.PENDING
+    (run.path / "slurm" / "over-2").touch()
+    assert derive_status(run, "9", waits).state is RunState.FINISHED
 
 
 def test_a_restart_that_squeue_does_not_tell(run: Run) -> None:

@@ -85,6 +85,14 @@ def test_a_run_on_the_command_line(server: ApiServer, kubelet: Kubelet, site: Ku
         )
     )
     job.write_text(bert_job().text)
+    planned = lorafleet("train", job, "--on", file, "--dry-run", cwd=tmp_path, check=True).stdout
+    assert "manifest.yaml (" in planned
+    assert f"{'':<16}RayJob tiny-" in planned
+    assert "entrypoint:" not in planned
+    assert "entrypoint:" in lorafleet(
+        "plan", job, "--train", "--on", file, "--script", cwd=tmp_path, check=True
+    ).stdout  # fmt: skip
+    assert server.all("RayJob") == []
     name = lorafleet(
         "train", job, "--on", file, "--detach", cwd=tmp_path, check=True
     ).stdout.strip()
@@ -95,6 +103,8 @@ def test_a_run_on_the_command_line(server: ApiServer, kubelet: Kubelet, site: Ku
     assert told["state"] == "pending"
     assert told["place"] == f"RayJob {rayjob} was created, but the operator has not handled it yet"
     server.set_status("RayJob", rayjob, jobDeploymentStatus="Running", jobStatus="RUNNING")
+    listed = lorafleet("list", "--format", "json", cwd=tmp_path, check=True).stdout
+    assert [row["state"] for row in json.loads(listed)["runs"]] == ["running"]
     assert f"running: RayJob {rayjob} runs" in lorafleet("status", name, cwd=tmp_path).stdout
     assert "is saving its trials and will stop" in lorafleet("stop", name, cwd=tmp_path).stdout
     assert (

@@ -24,8 +24,8 @@ from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials.trial_id import METHOD_BLOCKS
 from lorafleet.jobs.user import get_state_folder
 
-_MAX_RUNS, _MAX_TRIALS = 30, 16
-"""Newest runs that are read, and trials of each."""
+_MAX_LOOKED_AT, _MAX_RUNS, _MAX_TRIALS = 100, 30, 16
+"""Newest runs of which the plan is read, runs that count, and trials of each."""
 _RATE_FIELDS = (
     "method",
     "model.model_name_or_path",
@@ -78,7 +78,7 @@ def read_earlier_trials(model: str, site: str) -> tuple[EarlierTrial, ...]:
     """
     found: list[EarlierTrial] = []
     runs = 0
-    for folder in _list_own_runs():
+    for folder in itertools.islice(_list_own_runs(), _MAX_LOOKED_AT):
         if runs == _MAX_RUNS:
             break
         try:

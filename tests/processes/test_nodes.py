@@ -4,6 +4,7 @@ one.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -93,6 +94,47 @@ def test_trials_stay_on_the_machines_that_are_asked_for(
         assert process.returncode == ExitCode.INTERRUPTED, shown
 
 
+CHOOSE = """
+import concurrent.futures, json, pathlib, sys, time
+import ray
+from ray.util.placement_group import placement_group, placement_group_table
+from lorafleet.jobs.sites.placement import Placement
+from lorafleet.training.node_bundles import choose_machines
+
+ray.init(log_to_driver=False)
+placement = Placement(workers=4, num_nodes=2, cpus_per_worker=1, gpus_per_worker=0, slots=2,
+                      waves=1, limited_by="CPU cores", labels={"pool": "large"})
+
+def start(_):
+    with choose_machines(placement, pathlib.Path(sys.argv[1])) as labels:
+        time.sleep(0.5)  # as Ray Train takes, until it asks for its own bundles
+        group = placement_group([{"CPU": 1}] * 4, "PACK", bundle_label_selector=labels)
+        assert group.wait(30)
+        time.sleep(1)
+        return list(placement_group_table(group)["bundles_to_node_id"].values())
+
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    print(json.dumps(list(pool.map(start, range(2)))))
+"""
+
+
+def test_each_gang_gets_the_machines_of_the_plan(machines: Machines, tmp_path: Path) -> None:
+    """Two at once, each with two processes on each of two machines: all four would fit on one."""
+    large = {machines.add("large", 4).node_id for _ in range(2)}
+    done = subprocess.run(
+        [sys.executable, "-c", CHOOSE, tmp_path],
+        env=os.environ | machines.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for nodes in json.loads(done.stdout.splitlines()[-1]):
+        assert Counter(nodes) == dict.fromkeys(large, 2)
+
+
+@pytest.mark.long
 def test_processes_are_spread_as_planned(
     bert_job: JobMaker, place: Path, machines: Machines
 ) -> None:

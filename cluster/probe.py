@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorafleet.cluster.backend import Cluster, Say
 from lorafleet.cluster.execution.subprocess_measurement import measure_in_subprocess
+from lorafleet.cluster.planning.plan import average_rates
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError, UserError
-from lorafleet.jobs.runs.plan import Plan, TrainingRate
+from lorafleet.jobs.runs.plan import Plan, PlannedTrial, TrainingRate
 from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.runs.trust import remove_run_record
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials.arms import build_arm_job
 from lorafleet.jobs.trials.sampling import build_trial_job
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ PACE_FILE = "pace.json"
 
 
 def measure_rate(plan: Plan, folder: Path) -> TrainingRate:
-    """Train at most 12 steps of the first trial on this machine; nothing is saved.
+    """Train at most 12 steps of the first trial (of each arm) here; nothing is saved.
 
     One process is measured, also for trials of several.
 
@@ -35,9 +38,23 @@ def measure_rate(plan: Plan, folder: Path) -> TrainingRate:
     Raises:
         RunError: The plan has no trials, or the measurement failed.
     """
+    check_probe(plan)
+    first_trials = {trial.arm: trial for trial in reversed(plan.trials)}
+    rates = [_measure_trial(plan, trial, folder) for trial in first_trials.values()]
+    rows = {load.arm: load.worst_rows for load in plan.loads}
+    return average_rates(rates, [rows.get(arm, 1) for arm in first_trials])
+
+
+def check_probe(plan: Plan) -> None:
+    """Raise RunError if a plan trains nothing, so that there is no speed to measure."""
+    if not plan.trials:
+        raise RunError(f"`{plan.command}` trains nothing here, so there is no speed to measure")
+
+
+def _measure_trial(plan: Plan, trial: PlannedTrial, folder: Path) -> TrainingRate:
     from lorafleet.evaluation.tokens import prepare
 
-    job = _build_probed_job(plan)
+    job = _build_probed_job(plan.job, trial)
     request = {
         "what": "pace",
         "job": job.model_dump(mode="json"),
@@ -50,27 +67,24 @@ def measure_rate(plan: Plan, folder: Path) -> TrainingRate:
         )
     except RuntimeError as error:
         raise RunError(f"the speed of the first trial could not be measured: {error}") from error
+    arm = f" of {trial.arm}" if trial.arm else ""
     return TrainingRate(
         seconds_per_row=float(pace["seconds_per_row"]),
-        source=f"{pace['steps']} steps of the first trial just now, without evaluation",
+        source=f"{pace['steps']} steps of the first trial{arm} just now, without evaluation",
     )
 
 
-def _build_probed_job(plan: Plan) -> JobSpec:
-    if not plan.trials:
-        raise RunError(f"`{plan.command}` trains nothing, so there is no speed to measure")
-    job = build_trial_job(plan.job, plan.trials[0].assignment)
-    one_process = {"num_nodes": 1, "workers_per_node": 1, "strategy": "ddp"}
+def _build_probed_job(job: JobSpec, trial: PlannedTrial) -> JobSpec:
+    """Return the job of one planned trial, with one process."""
+    if trial.arm is not None:
+        job = build_arm_job(job, trial.arm)
+    job = build_trial_job(job, trial.assignment)
+    one_process: dict[str, Any] = {"num_nodes": 1, "workers_per_node": 1, "strategy": "ddp"}
     if job.resources.gpus_per_node not in ("auto", 0):
         one_process["gpus_per_node"] = 1
+    resources = job.resources.model_copy(update=one_process)
     # A search and a comparison are not part of one training.
-    return job.model_copy(
-        update={
-            "search": None,
-            "compare": None,
-            "resources": job.resources.model_copy(update=one_process),
-        }
-    )
+    return job.model_copy(update={"search": None, "compare": None, "resources": resources})
 
 
 def measure_rate_on(
@@ -81,6 +95,7 @@ def measure_rate_on(
     Raises:
         UserError: The job could not be submitted, or ended without a measurement.
     """
+    check_probe(plan)
     run = backend.submit_probe(plan, loaded, runs)
     record = follow_short_job(backend, run, PACE_FILE, say)
     return TrainingRate.from_record({name: record[name] for name in TrainingRate.model_fields})
@@ -124,5 +139,6 @@ def follow_short_job(backend: Cluster, run: Run, result: str, say: Say) -> dict[
             backend.kill(run)
         raise
     finally:
+        remove_run_record(run.path)
         shutil.rmtree(run.path, ignore_errors=True)
     return record

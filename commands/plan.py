@@ -394,7 +394,7 @@ def describe_plan(job_plan: Plan) -> list[str]:
     Each line begins with its name in 16 columns; `render_plan` wraps long ones below their
     text.
     """
-    placement = job_plan.placement
+    placement = job_plan.task_placement or job_plan.placement
     total = len(job_plan.trials) + job_plan.later_trials
     rows = (
         f"{job_plan.train_rows:,}"
@@ -498,35 +498,41 @@ def _describe_tasks(job_plan: Plan) -> str:
 
 def _describe_time(job_plan: Plan) -> list[str]:
     """Return lines on the expected duration and, with GPUs, GPU-hours; none without a rate."""
-    rate, placement = job_plan.rate, job_plan.placement
-    if rate is None:
+    rate, loads = job_plan.rate, job_plan.loads
+    if rate is None or not loads:
         return []
-    expected, most = (
-        rows * rate.seconds_per_row for rows in (job_plan.expected_samples, job_plan.worst_samples)
+    # The arms of a comparison run one after another.
+    durations = [load.compute_seconds(rate.seconds_per_row) for load in loads]
+    expected, longest = (sum(seconds) for seconds in zip(*durations, strict=True))
+    trials = max(load.slots for load in loads)
+    come_on_top = (
+        f"start-up {'and waiting in the queue come' if job_plan.files else 'comes'} on top"
     )
-    slots = placement.slots * max(1, job_plan.max_running_tasks)
-    parallel = slots * placement.workers
-    is_queued = bool(job_plan.files)
-    come_on_top = f"start-up {'and waiting in the queue come' if is_queued else 'comes'} on top"
-    unit = "GPU" if placement.gpus_per_worker else "process"
+    unit = "GPU" if job_plan.placement.gpus_per_worker else "process"
     lines = [
-        f"duration        {_format_span(expected, most, parallel)} with "
-        f"{format_count(slots, 'trial')} in parallel, at "
-        f"{1000 * rate.seconds_per_row:.3g} ms of a {unit} per row (measured: {rate.source}); "
-        f"{come_on_top}"
+        f"duration        {_format_span(expected, longest)} with "
+        f"{format_count(trials, 'trial')} in parallel, at {1000 * rate.seconds_per_row:.3g} ms of "
+        f"a {unit} per row (measured: {rate.source}); {come_on_top}"
     ]
-    if placement.gpus_per_worker:
+    if job_plan.placement.gpus_per_worker:
+        expected_hours, worst_hours = (
+            sum(rows) * rate.seconds_per_row / 3600
+            for rows in (
+                [load.expected_rows for load in loads],
+                [load.worst_rows for load in loads],
+            )
+        )
         lines.append(
-            f"GPU-hours       {expected / 3600:.3g}"
-            + (f" expected, {most / 3600:.3g} at most" if most > expected else "")
+            f"GPU-hours       {expected_hours:.3g} of training"
+            + (f" expected, {worst_hours:.3g} at most" if worst_hours > expected_hours else "")
         )
     return lines
 
 
-def _format_span(expected: float, most: float, parallel: int) -> str:
+def _format_span(expected: float, longest: float) -> str:
     from lorafleet.evaluation.report.format import format_duration
 
-    text = format_duration(expected / parallel)
-    if most <= expected:
+    text = format_duration(expected)
+    if round(longest) <= round(expected):
         return text
-    return f"{text} expected, {format_duration(most / parallel)} at most,"
+    return f"{text} expected, {format_duration(longest)} at most,"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from lorafleet.cluster.execution.node import request_stop
 from lorafleet.cluster.fetch import fetch_asset, fetch_job
 from lorafleet.cluster.planning.earlier_runs import read_earlier_trials
 from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.cluster.planning.waste import describe_waste
 from lorafleet.cluster.submission import (
     SubmissionRecord,
     find_record,
@@ -138,10 +140,9 @@ class SlurmBackend:
             read_earlier_trials(loaded.job.model.model_name_or_path, self.site.name),
         )
         tasks = -(-len(plan.trials) // self.site.array.trials_per_task) if is_array else 0
-        placement = plan.placement
-        if is_array:  # each task has its own trials, on a node of its own
-            waves = -(-min(len(plan.trials), self.site.array.trials_per_task) // placement.slots)
-            placement = placement.model_copy(update={"waves": waves})
+        max_running = min(tasks, self.site.array.max_running or tasks)
+        if is_array:
+            plan = _limit_to_tasks(plan, self.site, max_running)
         array_spec = format_array(self.site, tasks) if is_array else None
         line = build_submit_command(
             Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1, array=array_spec
@@ -159,8 +160,7 @@ class SlurmBackend:
                 "notes": notes,
                 "nodes": nodes,
                 "tasks": tasks,
-                "max_running_tasks": min(tasks, self.site.array.max_running or tasks),
-                "placement": placement,
+                "max_running_tasks": max_running,
                 "files": self._render_job_files(f"{plan.command}: {plan.job.name}", nodes),
                 "command_line": shlex.join(line),
             }
@@ -768,6 +768,28 @@ def check_array(job: JobSpec, site: str) -> None:
         raise PlacementRefused(
             f"{problem} (or set launch: ray in the file of site {site}, whose launch is array)"
         )
+
+
+def _limit_to_tasks(plan: Plan, site: SlurmSite, max_running: int) -> Plan:
+    """Return the plan of a job array: each task has its own trials, on a node of its own."""
+    trials = min(len(plan.trials), site.array.trials_per_task)
+    plan_tasks = math.ceil(len(plan.trials) / trials)
+    slots = min(plan.placement.slots, trials)
+    waves = math.ceil(trials / slots)
+    placement = plan.placement.model_copy(
+        update={
+            "slots": slots,
+            "waves": waves,
+            "limited_by": "trials of a task" if slots == trials else plan.placement.limited_by,
+        }
+    )
+    rounds = math.ceil(plan_tasks / max_running)
+    loads = [
+        load.model_copy(update={"slots": slots * max_running, "waves": waves * rounds})
+        for load in plan.loads
+    ]
+    waste = describe_waste(plan.job, site.build_allocation(1), placement, trials, plan.memory)
+    return plan.model_copy(update={"task_placement": placement, "loads": loads, "waste": waste})
 
 
 def _write_task_folders(run: Run, plan: Plan, trials_per_task: int) -> None:

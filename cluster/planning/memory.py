@@ -18,7 +18,8 @@ from lorafleet.jobs.trials.defaults import LOGITS_AT_ONCE
 
 GIB = 2**30
 _RUNTIME_CPU_GIB = 0.75
-_RUNTIME_CUDA_GIB = 0.9
+RUNTIME_CUDA_GIB = 0.9
+"""Memory of a GPU that CUDA's context and libraries take, in GiB."""
 _COPIES_OF_SCORES = 3.25
 """Copies of the attention scores if attention is not fused: softmax, a byte mask, the output of
 dropout, and a temporary one.
@@ -87,7 +88,7 @@ def estimate(
         / GIB,
         "activations": activations / GIB,
         "logits": logits / GIB,
-        "runtime": _RUNTIME_CUDA_GIB if cuda else _RUNTIME_CPU_GIB,
+        "runtime": RUNTIME_CUDA_GIB if cuda else _RUNTIME_CPU_GIB,
     }
     # Gradients grow while activations are freed, and a block is recomputed after the logits are
     # freed: of each pair only the larger counts.

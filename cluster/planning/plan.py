@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorafleet.cluster.planning.earlier_runs import (
     EarlierTrial,
-    build_data_key,
+    build_rows_key,
     find_peak,
     find_rate,
 )
@@ -35,7 +35,13 @@ from lorafleet.jobs.data.rows import Rows, load_rows
 from lorafleet.jobs.errors import AssetError, JobFileError, Problem
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.loading.unused_fields import collect_unused_notes
-from lorafleet.jobs.runs.plan import MemoryEstimate, Plan, PlannedTrial, TrainingRate
+from lorafleet.jobs.runs.plan import (
+    MemoryEstimate,
+    Plan,
+    PlannedTrial,
+    TrainingLoad,
+    TrainingRate,
+)
 from lorafleet.jobs.schema.compatibility import WEIGHT_SHARDING_STRATEGIES, find_unsupported
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.precision import describe_planned_formats
@@ -183,6 +189,11 @@ def _plan_arms(loaded: LoadedJob, site: Site, earlier: Sequence[EarlierTrial]) -
             "rung_levels": [],
             "rung_steps": [],
             "rate": _combine_rates(list(plans.values())),
+            "loads": [
+                load.model_copy(update={"arm": name})
+                for name, plan in plans.items()
+                for load in plan.loads
+            ],
             "notes": list(dict.fromkeys(notes)),
         }
     )
@@ -190,17 +201,21 @@ def _plan_arms(loaded: LoadedJob, site: Site, earlier: Sequence[EarlierTrial]) -
 
 def _combine_rates(plans: list[Plan]) -> TrainingRate | None:
     """Return the mean rate of the arms, weighted with their rows; None if one is not known."""
-    rates = [plan.rate for plan in plans]
-    if any(rate is None for rate in rates):
+    rates = [plan.rate for plan in plans if plan.rate is not None]
+    if len(rates) < len(plans):
         return None
-    known = [rate for rate in rates if rate is not None]
-    rows = [max(1, plan.worst_samples) for plan in plans]
+    return average_rates(rates, [plan.worst_samples for plan in plans])
+
+
+def average_rates(rates: Sequence[TrainingRate], rows: Sequence[int]) -> TrainingRate:
+    """Return the mean of rates, each weighted with the rows that are trained at it."""
+    weights = [max(1, count) for count in rows]
+    seconds = sum(
+        rate.seconds_per_row * weight for rate, weight in zip(rates, weights, strict=True)
+    )
     return TrainingRate(
-        seconds_per_row=sum(
-            rate.seconds_per_row * count for rate, count in zip(known, rows, strict=True)
-        )
-        / sum(rows),
-        source="; ".join(dict.fromkeys(rate.source for rate in known)),
+        seconds_per_row=seconds / sum(weights),
+        source="; ".join(dict.fromkeys(rate.source for rate in rates)),
     )
 
 
@@ -274,11 +289,11 @@ def _build_plan(
     cuda = uses_gpu(job, site)
     # First without sharding (`auto`): the strategy follows from the estimate, and the estimate then
     # from the strategy.
-    estimates = [_estimate_memory(trial, inputs, earlier, cuda=cuda) for trial in trials]
+    estimates = _estimate_all(trials, schedules, inputs, earlier, cuda=cuda)
     strategy, reason = choose_strategy(trials, site, _find_largest(estimates), cuda=cuda)
     if strategy != job.resources.strategy:
         trials = [_set_strategy(trial, strategy) for trial in trials]
-        estimates = [_estimate_memory(trial, inputs, earlier, cuda=cuda) for trial in trials]
+        estimates = _estimate_all(trials, schedules, inputs, earlier, cuda=cuda)
     memory = _find_largest(estimates)
     # The largest trial decides, because trials of all sizes share the same slots.
     placement = compute_placement(
@@ -291,7 +306,13 @@ def _build_plan(
         for rows in (worst, expected)
     )
     notes += _find_too_large(estimates, site, cuda=cuda)
-    speed = find_rate(earlier, trials, build_data_key(job.model_dump(mode="json")), cuda=cuda)
+    speed = find_rate(
+        earlier,
+        trials,
+        _get_rows_key(job, inputs),
+        cuda=cuda,
+        cpus_per_worker=placement.cpus_per_worker,
+    )
     return Plan(
         job=job,
         command="sweep" if is_search else "train",
@@ -311,6 +332,16 @@ def _build_plan(
         expected_samples=expected,
         memory=memory,
         rate=speed,
+        loads=[
+            TrainingLoad(
+                slots=placement.slots,
+                workers=placement.workers,
+                waves=placement.waves,
+                longest_rows=max(schedule.total_samples for schedule in schedules),
+                expected_rows=expected,
+                worst_rows=worst,
+            )
+        ],
         waste=describe_waste(job, site, placement, total, memory),
         gpu_memory_gib=site.gpu_memory_gib if cuda else 0.0,
         checkpoint_gb=_estimate_checkpoint_gb(trials, inputs, placement.slots, cuda=cuda),
@@ -549,18 +580,33 @@ def _build_planned_trial(
     )
 
 
-def _estimate_memory(
-    resolved: JobSpec, inputs: _JobInputs, earlier: Sequence[EarlierTrial], *, cuda: bool
-) -> MemoryEstimate | None:
-    """Return the memory estimate of one trial, or None if the model's shape is unknown.
+def _get_rows_key(job: JobSpec, inputs: _JobInputs) -> str:
+    digests = inputs.facts.data_sha256 if inputs.facts else None
+    return build_rows_key(job.model_dump(mode="json"), digests)
+
+
+def _estimate_all(
+    trials: list[JobSpec],
+    schedules: list[Schedule],
+    inputs: _JobInputs,
+    earlier: Sequence[EarlierTrial],
+    *,
+    cuda: bool,
+) -> list[MemoryEstimate | None]:
+    """Return the memory estimate of each trial; None if the model's shape is unknown.
 
     The weights need not be on this machine.
     """
     if inputs.model is None:
-        return None
-    estimated = estimate(resolved, *inputs.model, inputs.longest, cuda=cuda, labels=inputs.labels)
-    key = build_data_key(resolved.model_dump(mode="json"))
-    return estimated.model_copy(update={"measured": find_peak(earlier, resolved, key, cuda=cuda)})
+        return [None] * len(trials)
+    rows_key = _get_rows_key(trials[0], inputs) if trials else ""
+    estimates: list[MemoryEstimate | None] = []
+    for trial, schedule in zip(trials, schedules, strict=True):
+        estimated = estimate(trial, *inputs.model, inputs.longest, cuda=cuda, labels=inputs.labels)
+        samples = min(inputs.train_examples or schedule.total_samples, schedule.total_samples)
+        measured = find_peak(earlier, trial, rows_key, samples, cuda=cuda)
+        estimates.append(estimated.model_copy(update={"measured": measured}))
+    return estimates
 
 
 def _find_largest(estimates: list[MemoryEstimate | None]) -> MemoryEstimate | None:

@@ -6,7 +6,7 @@ import math
 
 from lorafleet.jobs.runs.plan import MemoryEstimate
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.sites.base import LocalSite, Site
+from lorafleet.jobs.sites.base import Allocation, LocalSite, Node, Site
 from lorafleet.jobs.sites.placement import Placement, select_labelled_nodes
 from lorafleet.jobs.text import format_count
 
@@ -26,74 +26,83 @@ def describe_waste(
         trials: Number of trials.
         memory: Estimate of the largest trial.
     """
+    nodes = _select_nodes(site, placement)
+    used_nodes = _count_used_nodes(nodes, placement)
+    reason = _explain_limit(placement, trials)
     return [
-        *_describe_idle_nodes(site, placement, trials),
-        *_describe_idle_gpus(job, site, placement),
-        *_describe_idle_cores(site, placement),
+        *_describe_idle_nodes(site, nodes, used_nodes, reason),
+        *_describe_idle_gpus(job, nodes, used_nodes, placement, reason),
+        *_describe_idle_cores(site, nodes, used_nodes, placement, reason),
         *_describe_idle_gpu_memory(job, site, placement, memory),
     ]
 
 
-def _count_used_nodes(site: Site, placement: Placement) -> int:
+def _select_nodes(site: Site, placement: Placement) -> list[Node]:
+    """Return the machines on which trials may run."""
+    return [node for node in select_labelled_nodes(site.nodes, placement.labels) if node.cpus]
+
+
+def _count_used_nodes(nodes: list[Node], placement: Placement) -> int:
     """Return on how many machines the slots lie if they are filled one after another."""
-    workers = [node for node in site.nodes if node.cpus]
-    per_node = max((placement.share.count_on(node) for node in workers), default=1) or 1
+    per_node = max((placement.share.count_on(node) for node in nodes), default=1) or 1
     shares = placement.slots * placement.num_nodes
-    return min(len(workers), max(placement.num_nodes, math.ceil(shares / per_node)))
+    return min(len(nodes), max(placement.num_nodes, math.ceil(shares / per_node)))
 
 
-def _describe_idle_nodes(site: Site, placement: Placement, trials: int) -> list[str]:
-    workers = [node for node in site.nodes if node.cpus]
-    used = _count_used_nodes(site, placement)
-    if len(workers) <= used:
+def _explain_limit(placement: Placement, trials: int) -> str:
+    """Return why no more trials run in parallel, as a clause."""
+    if placement.limited_by.startswith("trials"):
+        return "there is only one trial" if trials == 1 else f"there are only {trials} trials"
+    return f"the trials are limited by {placement.limited_by}"
+
+
+def _describe_idle_nodes(site: Site, nodes: list[Node], used_nodes: int, reason: str) -> list[str]:
+    idle = len(nodes) - used_nodes
+    if idle <= 0:
         return []
-    idle = len(workers) - used
-    advice = "" if isinstance(site, LocalSite) else f": request {used} with --nodes {used}"
-    reason = (
-        (f"all {trials} trials fit" if trials > 1 else "the only trial fits") + " on the others"
-        if placement.limited_by == "trials"
-        else f"the trials are limited by {placement.limited_by}"
-    )
-    return [f"{idle} of {len(workers)} machines stay idle, because {reason}{advice}"]
+    # Only a job of a queue chooses how many machines it gets.
+    advice = f": request {used_nodes} with --nodes {used_nodes}"
+    return [
+        f"{idle} of {format_count(len(nodes), 'machine')} stay idle, because {reason}"
+        + (advice if isinstance(site, Allocation) else "")
+    ]
 
 
 _GPU_REMEDIES = {
     "CPU cores": "lower resources.cpus_per_worker, or request more cores per node",
     "memory": "request more memory per node, or use less of it per trial",
-    "trials": "request fewer GPUs, or search more trials",
     "max_concurrent_trials": "raise search.max_concurrent_trials, or request fewer GPUs",
     "GPUs": "choose resources.workers_per_node so that it divides the GPUs of a node",
 }
 """Remedy for idle GPUs, by what limits the number of trials."""
 
 
-def _describe_idle_gpus(job: JobSpec, site: Site, placement: Placement) -> list[str]:
-    used_nodes = _count_used_nodes(site, placement)
-    nodes = [node for node in select_labelled_nodes(site.nodes, placement.labels) if node.cpus]
+def _describe_idle_gpus(
+    job: JobSpec, nodes: list[Node], used_nodes: int, placement: Placement, reason: str
+) -> list[str]:
     available = sum(sorted((node.gpus for node in nodes), reverse=True)[:used_nodes])
     used = placement.slots * placement.workers * placement.gpus_per_worker
-    if not available or used >= available:
+    if used >= available:
         return []
     if not placement.gpus_per_worker:
-        reason = "resources.device is cpu" if job.resources.device == "cpu" else "no trial uses one"
-        return [f"none of the {format_count(available, 'GPU')} is used, because {reason}"]
-    return [
-        f"{available - used} of {available} GPUs stay idle, because the trials are limited by "
-        f"{placement.limited_by}: {_GPU_REMEDIES.get(placement.limited_by, 'request fewer GPUs')}"
-    ]
+        unused = "resources.device is cpu" if job.resources.device == "cpu" else "no trial uses one"
+        return [f"none of the {format_count(available, 'GPU')} is used, because {unused}"]
+    remedy = _GPU_REMEDIES.get(placement.limited_by, "request fewer GPUs")
+    return [f"{available - used} of {available} GPUs stay idle, because {reason}: {remedy}"]
 
 
-def _describe_idle_cores(site: Site, placement: Placement) -> list[str]:
+def _describe_idle_cores(
+    site: Site, nodes: list[Node], used_nodes: int, placement: Placement, reason: str
+) -> list[str]:
     if isinstance(site, LocalSite) or placement.gpus_per_worker:
         return []  # here, idle cores are given to the trials; beside GPUs they are cheap
-    used_nodes = _count_used_nodes(site, placement)
-    available = sum(sorted((node.cpus for node in site.nodes), reverse=True)[:used_nodes])
+    available = sum(sorted((node.cpus for node in nodes), reverse=True)[:used_nodes])
     used = placement.slots * placement.workers * placement.cpus_per_worker
     if used >= _SMALL_SHARE * available:
         return []
     return [
-        f"{available - used} of {available} CPU cores stay idle, because the trials are limited by "
-        f"{placement.limited_by}: raise resources.cpus_per_worker, or request fewer cores"
+        f"{available - used} of {available} CPU cores stay idle, because {reason}: raise "
+        "resources.cpus_per_worker, or request fewer cores"
     ]
 
 
@@ -105,14 +114,19 @@ def _describe_idle_gpu_memory(
         return []
     if memory.required >= _SMALL_SHARE * total:
         return []
-    batch = job.train.per_device_train_batch_size
-    accumulation = job.train.compute_accumulation_steps(job.resources.world_size)
+    train = job.train
+    accumulation = train.compute_accumulation_steps(job.resources.world_size)
     remedies = ["a smaller GPU costs less"]
     if accumulation > 1:
+        steps = (
+            ""
+            if train.global_batch_size
+            else ", and lower train.gradient_accumulation_steps as much"
+        )
         remedies.insert(
             0,
-            f"raise train.per_device_train_batch_size from {batch} (a step has {accumulation} "
-            "micro-batches)",
+            "raise train.per_device_train_batch_size from "
+            f"{train.per_device_train_batch_size} (a step has {accumulation} micro-batches){steps}",
         )
     return [
         f"a trial needs about {memory.required:.1f} GiB of a GPU's {total:.1f}: "

@@ -51,6 +51,38 @@ class MemoryEstimate(Spec):
         return self.expected if self.measured is None else 1.1 * self.measured
 
 
+class TrainingLoad(Spec):
+    """Training work of a plan, or of one arm of a comparison."""
+
+    arm: str | None = None
+    """The arm; None outside of comparisons."""
+    slots: int
+    """Trials in parallel, over all array tasks that run at once."""
+    workers: int
+    """Processes of one trial."""
+    waves: int
+    """Rounds of trials if none stops early."""
+    longest_rows: int
+    """Training rows of the longest trial."""
+    expected_rows: int
+    """Expected training rows of all trials."""
+    worst_rows: int
+    """Training rows of all trials if none stops early."""
+
+    def compute_seconds(self, seconds_per_row: float) -> tuple[float, float]:
+        """Return the expected and the longest duration of the training, in seconds.
+
+        The expected one assumes that no slot waits, unless a single trial lasts longer.
+
+        Args:
+            seconds_per_row: Seconds of one process per training row.
+        """
+        one_trial = self.longest_rows * seconds_per_row / self.workers
+        shared = self.expected_rows * seconds_per_row / (self.slots * self.workers)
+        longest = self.waves * one_trial
+        return min(longest, max(one_trial, shared)), longest
+
+
 class TrainingRate(Spec):
     """Measured speed of training, for estimates of time."""
 
@@ -120,6 +152,8 @@ class Plan(Spec):
     """Estimate of the largest trial; None if the shape of no model is known on this machine."""
     rate: TrainingRate | None = None
     """Measured speed of the trials; None if trials of this shape have never run on the site."""
+    loads: list[TrainingLoad] = []
+    """Training work: one entry, or one for each arm of a comparison."""
     waste: list[str] = []
     """What of the requested machines the trials leave unused, and the remedy; one message each."""
     gpu_memory_gib: float = 0.0
@@ -140,6 +174,8 @@ class Plan(Spec):
     """Command that submits the run to the queue. RUN stands for the folder of the run."""
     tasks: int = 0
     """Number of array tasks, if the site runs each group of trials as a task of a job array."""
+    task_placement: Placement | None = None
+    """Placement of the trials of one array task, on its node; None without an array."""
     max_running_tasks: int = 0
     """Number of array tasks that run at once, as far as the site limits it; 0 without an array."""
     share: list[int] = []

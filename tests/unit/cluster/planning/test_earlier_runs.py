@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from lorafleet.cluster.planning.earlier_runs import read_earlier_trials
+from lorafleet.cluster.planning.memory import RUNTIME_CUDA_GIB
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.submission import write_run
 from lorafleet.commands.plan import describe_plan
 from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.plan import TrainingLoad
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.runs.trust import remove_run_record
-from lorafleet.jobs.sites.base import LocalSite
+from lorafleet.jobs.sites.base import LocalSite, Node, RaySite
+from lorafleet.jobs.trials.trial_id import compute_provenance
 from tests.conftest import JobMaker
 
 LAPTOP = LocalSite(cpus=8, memory_gib=8.0)
@@ -32,15 +35,25 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
-def train(loaded: LoadedJob, folder: Path, *rows: dict[str, Any], site: str = "here") -> Run:
+def train(
+    loaded: LoadedJob,
+    folder: Path,
+    *rows: dict[str, Any],
+    oom: int = 0,
+    **placement: Any,
+) -> Run:
     """A run whose only trial has these rows of metrics."""
-    plan = make_plan(loaded, LAPTOP, "train").model_copy(update={"site": site})
+    plan = make_plan(loaded, LAPTOP, "train")
+    plan = plan.model_copy(update={"placement": plan.placement.model_copy(update=placement)})
     run = write_run(plan, loaded, folder)
+    digests = compute_provenance(loaded.job).data_sha256
+    (run.path / "facts.json").write_text(json.dumps({"data_sha256": digests}))
     trial = run.path / "trials" / "0a"
     trial.mkdir(parents=True)
     resolved = plan.trials[0].resolved
     (trial / "params.json").write_text(json.dumps({"index": 0, "resolved": resolved}))
     (trial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (trial / "status.json").write_text(json.dumps({"state": "finished", "retries": {"oom": oom}}))
     return run
 
 
@@ -67,10 +80,11 @@ def test_the_time_of_a_row_is_that_of_earlier_trials(tmp_path: Path, bert_job: J
         f"duration        {seconds:.1f} s with 1 trial in parallel, at 31.2 ms of a process per "
         f"row (measured: {run.id}); start-up comes on top"
     )
-    # Another rank costs about the same; another length, batch or site does not.
+    # Another rank costs about the same; another length, batch, site or number of cores does not.
     assert plan_again(bert_job(lora__lora_r=8)).rate == plan.rate
     assert plan_again(bert_job(model__max_length=8)).rate is None
     assert plan_again(bert_job(train__per_device_train_batch_size=2)).rate is None
+    assert plan_again(bert_job(resources__cpus_per_worker=2)).rate is None
     assert plan_again(loaded, "cluster").rate is None
     # Other rows are used with a remark, until there is a run with the same ones.
     other_rows = bert_job(data__split_seed=7)
@@ -80,16 +94,31 @@ def test_the_time_of_a_row_is_that_of_earlier_trials(tmp_path: Path, bert_job: J
     assert (again.seconds_per_row, again.source) == (pytest.approx(0.05), second.id)
 
 
+def test_rows_that_were_changed_in_place_are_others(tmp_path: Path, bert_job: JobMaker) -> None:
+    loaded = bert_job()
+    run = train(loaded, tmp_path, measured(640, 2.0, 0.5))
+    assert plan_again(loaded).memory.measured == 0.5
+    path = Path(str(loaded.job.data.train_file))
+    text = path.read_text()
+    try:
+        path.write_text(text + text.splitlines()[0] + "\n")
+        plan = plan_again(loaded)
+        assert plan.memory.measured is None
+        assert plan.rate.source == f"{run.id}, with other rows"
+    finally:
+        path.write_text(text)
+
+
 def test_memory_that_was_measured_decides(tmp_path: Path, bert_job: JobMaker) -> None:
-    """The estimate of 8 GiB allows one trial where 1.5 GiB were needed."""
+    """Where the estimate allows one trial, two were seen to fit."""
     search = bert_job(PAIR)
     plan = plan_again(search)
     expected = plan.memory.expected
-    train(bert_job(lora__lora_r=2), tmp_path, measured(80, 2.0, 0.5), measured(160, 4.0, 0.4))
+    train(bert_job(lora__lora_r=2), tmp_path, measured(80, 2.0, 0.5), measured(640, 4.0, 0.4))
     plan = plan_again(search)
     assert [trial.memory.measured for trial in plan.trials] == [0.5, None]  # a smaller rank
     assert plan.memory.required == expected
-    train(bert_job(lora__lora_r=4), tmp_path, measured(80, 2.0, 0.6))
+    train(bert_job(lora__lora_r=4), tmp_path, measured(640, 2.0, 0.6))
     plan = plan_again(search)
     assert [trial.memory.measured for trial in plan.trials] == [0.6, 0.6]
     assert plan.memory.required == pytest.approx(0.66)
@@ -100,6 +129,54 @@ def test_memory_that_was_measured_decides(tmp_path: Path, bert_job: JobMaker) ->
     earlier = read_earlier_trials(search.job.model.model_name_or_path, "here")
     assert make_plan(search, tight, "sweep").placement.slots == 1
     assert make_plan(search, tight, "sweep", earlier=earlier).placement.slots == 2
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"samples": 8},  # it did not see its longest row
+        {"oom": 1},  # with half the micro-batch that its values say
+        {"strategy": "fsdp"},
+        {"workers": 2},
+        {"gpus_per_worker": 1},
+    ],
+    ids=str,
+)
+def test_peaks_that_do_not_belong_to_the_shape(
+    tmp_path: Path, bert_job: JobMaker, how: dict[str, Any]
+) -> None:
+    loaded = bert_job()
+    samples = how.pop("samples", 640)
+    train(loaded, tmp_path, measured(samples, 2.0, 0.5), **how)
+    assert plan_again(loaded).memory.measured is None
+    train(loaded, tmp_path, measured(640, 2.0, 0.7))
+    assert plan_again(loaded).memory.measured == 0.7
+
+
+def test_a_sharded_peak_does_not_choose_full_copies(tmp_path: Path, bert_job: JobMaker) -> None:
+    """Four processes that shard the weights needed little each; four full copies do not fit."""
+    loaded = bert_job(resources__workers_per_node=4)
+    peak = measured(640, 2.0, 0.01)
+    train(loaded, tmp_path, peak, workers=4, strategy="fsdp", gpus_per_worker=1)
+    nodes = (Node(name="n", cpus=8, memory_gib=64.0, gpus=4),)
+    site = RaySite(address="auto", nodes=nodes, gpu_memory_gib=0.5)
+    earlier = read_earlier_trials(loaded.job.model.model_name_or_path, "here")
+    assert make_plan(loaded, site, "train").placement.strategy == "fsdp"
+    plan = make_plan(loaded, site, "train", earlier=earlier)
+    assert plan.placement.strategy == "fsdp"
+    assert plan.memory is not None
+    # CUDA's own memory is no part of what was measured.
+    assert plan.memory.measured == pytest.approx(0.01 + RUNTIME_CUDA_GIB)
+
+
+def test_the_duration_counts_waves_and_the_longest_trial() -> None:
+    load = TrainingLoad(
+        slots=8, workers=1, waves=2, longest_rows=100, expected_rows=450, worst_rows=900
+    )
+    # Nine trials in eight slots last as long as two; a search cannot be faster than one trial.
+    assert load.compute_seconds(0.5) == (50.0, 100.0)
+    pair = load.model_copy(update={"workers": 2, "expected_rows": 900})
+    assert pair.compute_seconds(0.5) == (28.125, 50.0)
 
 
 def test_foreign_and_damaged_runs_are_not_read(tmp_path: Path, bert_job: JobMaker) -> None:

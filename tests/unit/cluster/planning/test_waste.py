@@ -6,7 +6,7 @@ import pytest
 
 from lorafleet.cluster.planning.waste import describe_waste
 from lorafleet.jobs.runs.plan import MemoryEstimate
-from lorafleet.jobs.sites.base import Allocation, LocalSite, Node, Site
+from lorafleet.jobs.sites.base import Allocation, LocalSite, Node, RaySite, Site
 from lorafleet.jobs.sites.placement import compute_placement
 from tests.conftest import JobMaker
 
@@ -34,10 +34,9 @@ def estimate(gib: float, measured: float | None = None) -> MemoryEstimate:
             {},
             60,
             [
-                "2 of 4 machines stay idle, because all 6 trials fit on the others: request 2 with "
+                "2 of 4 machines stay idle, because there are only 6 trials: request 2 with "
                 "--nodes 2",
-                "2 of 8 GPUs stay idle, because the trials are limited by trials: request fewer "
-                "GPUs, or search more trials",
+                "2 of 8 GPUs stay idle, because there are only 6 trials: request fewer GPUs",
             ],
         ),
         (
@@ -80,11 +79,24 @@ def estimate(gib: float, measured: float | None = None) -> MemoryEstimate:
             {},
             1,
             [
-                "30 of 32 CPU cores stay idle, because the trials are limited by trials: raise "
+                "30 of 32 CPU cores stay idle, because there are only 2 trials: raise "
                 "resources.cpus_per_worker, or request fewer cores"
             ],
         ),
         (LocalSite(cpus=32, memory_gib=64), 2, {}, 1, []),
+        (
+            RaySite(
+                address="auto",
+                nodes=tuple(
+                    Node(name=name, cpus=8, memory_gib=64, labels={"pool": name[0]})
+                    for name in ("a1", "a2", "a3", "b1")
+                ),
+            ),
+            8,
+            {"label_selector": {"pool": "a"}, "cpus_per_worker": 4, "workers_per_node": 1},
+            1,
+            [],
+        ),
     ],
     ids=[
         "full",
@@ -95,6 +107,7 @@ def estimate(gib: float, measured: float | None = None) -> MemoryEstimate:
         "small-trials",
         "idle-cores",
         "this-machine",
+        "labelled-machines",
     ],
 )
 def test_unused_machines(
@@ -118,5 +131,6 @@ def test_what_was_measured_counts_before_the_estimate(bert_job: JobMaker) -> Non
     (said,) = describe_waste(job, site, placement, 4, estimate(60.0, measured=10.0))
     assert said == (
         "a trial needs about 11.0 GiB of a GPU's 80.0: raise train.per_device_train_batch_size "
-        "from 4 (a step has 8 micro-batches); a smaller GPU costs less"
+        "from 4 (a step has 8 micro-batches), and lower train.gradient_accumulation_steps as much; "
+        "a smaller GPU costs less"
     )

@@ -40,6 +40,8 @@ class RunStatus:
     """True if the backend just reported this state; False if it was unreachable and this is the
     last recorded state.
     """
+    problem: str = ""
+    """Why the backend was unreachable."""
 
 
 class Watch(Protocol):
@@ -212,7 +214,7 @@ class Cluster(Backend, Protocol):
     def read_statuses(self, runs: Sequence[Run]) -> list[RunStatus]:
         """Return the statuses of several runs of the site, with as few queries as possible.
 
-        Raises nothing, like `status`.
+        Unlike `status`, records nothing. A damaged run is reported as not fresh.
         """
 
     def submit_probe(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:

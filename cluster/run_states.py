@@ -13,13 +13,19 @@ from lorafleet.jobs.errors import RunError, UserError
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.runs.trust import find_distrust_reason
 
+_ACTIVE = (RunState.PENDING, RunState.RUNNING)
+ENDED = "ended"
+"""State of a run that has ended on a remote cluster, and whose record was not downloaded yet: how
+it ended is in the record.
+"""
+
 
 @dataclass
 class RunStates:
-    """The statuses of submitted runs, and what could not be asked."""
+    """The states of submitted runs, and which clusters did not answer."""
 
-    statuses: dict[Path, RunStatus] = field(default_factory=dict)
-    """Folder of the run -> status. Runs of this machine, and runs that must not be acted on, are
+    states: dict[Path, str] = field(default_factory=dict)
+    """Folder of the run -> state. Runs of this machine, and runs that must not be acted on, are
     left out.
     """
     notes: list[str] = field(default_factory=list)
@@ -27,11 +33,11 @@ class RunStates:
 
 
 def read_run_states(runs: Iterable[Run]) -> RunStates:
-    """Ask the clusters of submitted runs for their states.
+    """Ask the clusters of submitted runs for their states. Nothing is recorded.
 
     Runs of one cluster share a query. A run that this user's lorafleet did not create is left
-    out: its files could name any cluster. So is a run whose end on a remote cluster is
-    recorded.
+    out: its files could name any cluster. So is a damaged run, and one whose end on a remote
+    cluster is recorded.
     """
     groups: dict[str, list[tuple[Run, SubmissionRecord]]] = {}
     for run in runs:
@@ -42,21 +48,42 @@ def read_run_states(runs: Iterable[Run]) -> RunStates:
             groups.setdefault(key, []).append((run, record))
     states = RunStates()
     for group in groups.values():
-        members = [run for run, _record in group]
-        site = group[0][1].site_name
-        try:
-            answers = get_cluster_backend(group[0][1]).read_statuses(members)
-        except UserError as error:
-            states.notes.append(f"site {site} was not asked: {error}")
-            continue
-        states.statuses |= {
-            run.path: answer for run, answer in zip(members, answers, strict=True) if answer.fresh
-        }
-        stale = [answer for answer in answers if not answer.fresh]
-        if stale:
-            reason = stale[0].message.partition("; the last recorded state")[0]
-            states.notes.append(f"{reason}: the states shown for site {site} are the recorded ones")
+        _ask_cluster(group, states)
     return states
+
+
+def _ask_cluster(group: list[tuple[Run, SubmissionRecord]], states: RunStates) -> None:
+    """Add the states of the runs of one cluster.
+
+    If it does not answer, a note is added, unless all of the runs say themselves that they have
+    ended.
+    """
+    runs = [run for run, _record in group]
+    site, is_remote = group[0][1].site_name, group[0][1].is_remote
+    has_active = any(run.state in _ACTIVE for run in runs)
+    try:
+        statuses = get_cluster_backend(group[0][1]).read_statuses(runs)
+    except (UserError, ValueError) as error:  # the record of a site of another version
+        if has_active:
+            states.notes.append(f"site {site} was not asked: {error}")
+        return
+    for run, status in zip(runs, statuses, strict=True):
+        if status.fresh:
+            states.states[run.path] = _describe_state(status, is_remote=is_remote)
+    stale = [status for status in statuses if not status.fresh]
+    if stale and has_active:
+        states.notes.append(
+            f"{stale[0].problem or stale[0].message}: the states shown for site {site} are the "
+            "recorded ones"
+        )
+
+
+def _describe_state(status: RunStatus, *, is_remote: bool) -> str:
+    """Return the state for people.
+
+    What a remote cluster says of the end is coarse: Ray reports a stopped run as succeeded.
+    """
+    return ENDED if is_remote and status.state not in _ACTIVE else str(status.state)
 
 
 def _find_open_record(run: Run) -> SubmissionRecord | None:
@@ -65,11 +92,9 @@ def _find_open_record(run: Run) -> SubmissionRecord | None:
         record = find_record(run)
         if record is None or find_distrust_reason(run.path) is not None:
             return None
-        if record.is_remote and (record.last is not None or run.state not in _ACTIVE):
+        is_active = run.state in _ACTIVE  # fails for a damaged run
+        if record.is_remote and (record.last is not None or not is_active):
             return None
     except (RunError, ValueError, OSError):  # `list` reports damaged runs itself
         return None
     return record
-
-
-_ACTIVE = (RunState.PENDING, RunState.RUNNING)

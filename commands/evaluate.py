@@ -106,7 +106,7 @@ def _show_plan(backend: Backend, loaded: LoadedJob, options: LaunchOptions) -> N
     job_plan, uploads = backend.plan(loaded, "compare"), []
     if isinstance(backend, RemoteBackend):
         uploads = backend.list_invisible_paths(job_plan.job)
-        # Submitting uploads them.
+    if uploads:  # by the submission
         note = f"{format_count(len(uploads), 'input')} would be uploaded"
         job_plan = job_plan.model_copy(update={"notes": [*job_plan.notes, note]})
     show_plan(backend, job_plan, options.runs, PlanFormat(options.output.value), ignored=uploads)

@@ -16,7 +16,6 @@ from lorafleet.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from lorafleet.cluster.backend import RunStatus
     from lorafleet.jobs.runs.run import Run
 
 
@@ -43,7 +42,7 @@ def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
     for run in all_runs:
         try:
             with raise_damaged_file(run.path):
-                rows.append(_build_row(run, states.statuses.get(run.path)))
+                rows.append(_build_row(run, states.states.get(run.path)))
         except RunError as error:
             damaged.append(str(error))
             rows.append({**dict.fromkeys(_COLUMNS, "-"), "run": run.id, "state": "damaged"})
@@ -71,11 +70,11 @@ def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
 _COLUMNS = ("run", "state", "on", "created", "trials", "ended", "mb")
 
 
-def _build_row(run: Run, status: RunStatus | None) -> dict[str, object]:
+def _build_row(run: Run, live_state: str | None) -> dict[str, object]:
     """Return a run's row of the table. Raises RunError if its files are damaged.
 
     Args:
-        status: What its cluster answered. None: the recorded state is shown.
+        live_state: What its cluster answered. None: the recorded state is shown.
     """
     from lorafleet.cluster.run_index import compute_folder_bytes
     from lorafleet.cluster.submission import find_record
@@ -83,8 +82,8 @@ def _build_row(run: Run, status: RunStatus | None) -> dict[str, object]:
     states = [trial.state for trial in run.list_trials()]
     record = find_record(run)
     state: str = record.last.state if record is not None and record.last else run.state
-    if status is not None:
-        state = status.state
+    if live_state is not None:
+        state = live_state
     elif run.has_lost_driver():
         state = "lost its driver"
     return {

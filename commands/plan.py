@@ -335,14 +335,19 @@ def _describe_arms(job_plan: Plan) -> list[str]:
     budget_text = ", ".join(f"{value:,g} {name}" for name, value in budget.items()) or (
         "the steps set under `train`"
     )
+    choice = (
+        f"choice          {compare.rule}, by {job_plan.job.metric.name} on the held-out rows and "
+        f"{compare.cost}"
+    )
+    if len(untrained) == len(compare.arms):
+        return [f"arms            {', '.join(compare.arms)}, none of which is trained", choice]
     return [
         f"arms            {', '.join(compare.arms)}"
         + (f" (no training: {', '.join(untrained)})" if untrained else ""),
         f"budget          one training of each arm: {budget_text}",
         "seeds           each arm's best configuration is trained with "
         f"{format_count(compare.seeds, 'seed')} in total",
-        f"choice          {compare.rule}, by {job_plan.job.metric.name} on the held-out rows and "
-        f"{compare.cost}",
+        choice,
     ]
 
 

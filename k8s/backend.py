@@ -251,6 +251,10 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         """Return the run's status from the cluster (see `JobStatusReader.read`)."""
         return self.job_status.read(run)
 
+    def observe(self, run: Run) -> RunStatus:
+        """Return the run's status from the cluster (see `JobStatusReader.observe`)."""
+        return self.job_status.observe(run)
+
     def refresh(self, run: Run, say: Say = ignore_message) -> None:
         """Download what the run has written since the last call.
 

@@ -50,7 +50,7 @@ class JobStatusReader:
         cluster does not answer, the last recorded status is returned.
         """
         try:
-            job = self.connections.quick_client.get("RayJob", self.get_object_name(run))
+            job = self._get_job(run)
         except ClusterError as error:
             return read_last_status(run) or RunStatus(
                 run.state, f"{error}; the last recorded state is {run.state}", fresh=False
@@ -62,6 +62,16 @@ class JobStatusReader:
         if job is not None and parse_job_state(job.get("status")).ended:
             record_final_state(run, read_record(run).submission, status)
         return status
+
+    def observe(self, run: Run) -> RunStatus:
+        """Return the run's status from the cluster, and record nothing.
+
+        Raises ClusterError if the cluster does not answer.
+        """
+        return self.derive(run, self._get_job(run))
+
+    def _get_job(self, run: Run) -> Tree | None:
+        return self.connections.quick_client.get("RayJob", self.get_object_name(run))
 
     def derive(self, run: Run, job: Tree | None) -> RunStatus:
         """Return the status of a run, given its RayJob."""

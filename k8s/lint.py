@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from lorafleet.jobs.schema.environment import is_secret_name
 from lorafleet.jobs.sites.kubernetes import HardeningPoint
 
 Tree = dict[str, Any]
@@ -468,15 +469,20 @@ def _redis(job: Tree) -> RuleProblems:
                 yield f"{path}.template.spec", "RAY_REDIS_ADDRESS needs gcsFaultToleranceOptions"
 
 
-@_register_rule("ValidateRayClusterSpec (authOptions)", "token_auth")
-def _auth(job: Tree) -> RuleProblems:
-    options = get(job, "spec.rayClusterSpec.authOptions") or {}
-    version = str(get(job, "spec.rayClusterSpec.rayVersion") or "")
-    if options.get("mode") != "token":
+@_register_rule("observed: without a token, anyone who reaches the head runs code", "token_auth")
+def _token_auth(job: Tree) -> RuleProblems:
+    if get(job, "spec.rayClusterSpec.authOptions.mode") != "token":
         yield (
             "spec.rayClusterSpec.authOptions.mode",
             "anyone who can reach the head can run code: must be token",
         )
+
+
+@_register_rule("ValidateRayClusterSpec (authOptions)")
+def _auth(job: Tree) -> RuleProblems:
+    options = get(job, "spec.rayClusterSpec.authOptions") or {}
+    version = str(get(job, "spec.rayClusterSpec.rayVersion") or "")
+    if options.get("mode") != "token":
         return
     match = re.match(r"(\d+)\.(\d+)", version)
     # The operator derives from rayVersion whether the image's Ray knows tokens.
@@ -542,11 +548,22 @@ _NOT_ROOT = "must be true, with a user other than 0"
 
 
 def _list_all_containers(job: Tree) -> Iterator[tuple[str, Tree]]:
-    """Yield (path, container) of every container of every pod, init containers included."""
+    """Yield (path, container) of every container of every pod.
+
+    Init containers are included, and the autoscaler, which KubeRay adds to the head.
+    """
     for path, template in list_templates(job):
         for field in ("containers", "initContainers"):
             for index, container in enumerate(get(template, f"spec.{field}") or []):
                 yield f"{path}.spec.{field}[{index}]", container
+    if get(job, "spec.rayClusterSpec.enableInTreeAutoscaling"):
+        yield "spec.rayClusterSpec.autoscalerOptions", _get_autoscaler(job)
+
+
+def _get_autoscaler(job: Tree) -> Tree:
+    options: Tree = get(job, "spec.rayClusterSpec.autoscalerOptions") or {}
+    # Without an image of its own it has the head's, which is checked there.
+    return options if options.get("image") else {**options, "image": "@sha256:"}
 
 
 @_register_rule(_RESTRICTED, "non_root")
@@ -626,6 +643,59 @@ def _host_paths(job: Tree) -> RuleProblems:
                 )
 
 
+@_register_rule(_RESTRICTED, "security_options")
+def _security_options(job: Tree) -> RuleProblems:
+    for path, template in list_templates(job):
+        yield from _find_weak_options(f"{path}.spec", get(template, "spec.securityContext") or {})
+        for name, value in (get(template, "metadata.annotations") or {}).items():
+            if "apparmor" in name and value == "unconfined":
+                yield f"{path}.metadata.annotations", f"{name} must not be unconfined"
+    for path, container in _list_all_containers(job):
+        yield from _find_weak_options(path, container.get("securityContext") or {})
+
+
+def _find_weak_options(path: str, context: Tree) -> RuleProblems:
+    """Yield what of a security context PodSecurity does not allow, beside users and rights."""
+    where = f"{path}.securityContext"
+    if context.get("procMount") not in (None, "Default"):
+        yield f"{where}.procMount", "must be Default"
+    if context.get("sysctls"):
+        yield f"{where}.sysctls", "must not be set"
+    if get(context, "appArmorProfile.type") == "Unconfined":
+        yield f"{where}.appArmorProfile", "must not be Unconfined"
+    options = context.get("seLinuxOptions") or {}
+    if options.get("user") or options.get("role"):
+        yield f"{where}.seLinuxOptions", "must not set user or role"
+    if options.get("type") not in (None, "", *_SELINUX_TYPES):
+        yield f"{where}.seLinuxOptions.type", f"must be one of {', '.join(_SELINUX_TYPES)}"
+    if get(context, "windowsOptions.hostProcess"):
+        yield f"{where}.windowsOptions.hostProcess", "must be false"
+
+
+_HARMLESS_NAMES = frozenset({"TOKENIZERS_PARALLELISM"})
+"""Names of lorafleet's own variables that only look like secrets."""
+_SELINUX_TYPES = ("container_t", "container_init_t", "container_kvm_t", "container_engine_t")
+
+
+@_register_rule("observed: whoever may read RayJobs and pods reads the values of their variables")
+def _secret_values(job: Tree) -> RuleProblems:
+    for path, container in _list_all_containers(job):
+        for index, variable in enumerate(container.get("env") or []):
+            name = str(variable.get("name"))
+            if variable.get("value") and is_secret_name(name) and name not in _HARMLESS_NAMES:
+                yield (
+                    f"{path}.env[{index}]",
+                    f"{name} may hold a secret: take it from a Secret (`secrets`)",
+                )
+
+
+@_register_rule("observed: KubeRay's own submitter has no security context, and mounts a token")
+def _submitter_template(job: Tree) -> RuleProblems:
+    mode = get(job, "spec.submissionMode") or "K8sJobMode"
+    if mode == "K8sJobMode" and not get(job, "spec.submitterPodTemplate"):
+        yield "spec.submitterPodTemplate", "must be there in K8sJobMode"
+
+
 @_register_rule(
     "observed: code of models and metrics could use the token of the pod's service account",
     "service_account_token",
@@ -638,6 +708,14 @@ def _service_account_token(job: Tree) -> RuleProblems:
             continue
         if get(template, "spec.automountServiceAccountToken") is not False:
             yield f"{path}.spec.automountServiceAccountToken", "must be false"
+        for index, volume in enumerate(get(template, "spec.volumes") or []):
+            if any(
+                "serviceAccountToken" in source for source in get(volume, "projected.sources") or []
+            ):
+                yield (
+                    f"{path}.spec.volumes[{index}].projected",
+                    "must not project a service account's token",
+                )
 
 
 @_register_rule("utils.IsGPUResourceKey: Ray gets --num-gpus from these limits only")

@@ -633,10 +633,12 @@ def _apply_settings(
     )
 
 
-def _merge_affinity(own: dict[str, Any] | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _merge_affinity(
+    required: dict[str, Any] | None, settings: dict[str, Any]
+) -> dict[str, Any] | None:
     """Return the site's affinity with the terms that a job itself needs added."""
     merged: dict[str, Any] = copy.deepcopy(settings)
-    for kind, rules in (own or {}).items():
+    for kind, rules in (required or {}).items():
         for rule, terms in rules.items():
             group = merged.setdefault(kind, {})
             group[rule] = [*group.get(rule, []), *terms]

@@ -408,8 +408,8 @@ class SlurmBackend:
             SlurmError: Slurm does not answer.
         """
         jobs = _read_job_ids(run)
-        found = client.find_jobs(jobs)
-        return [found[job] for job in jobs if job in found]
+        records = client.find_jobs(jobs)
+        return [records[job] for job in jobs if job in records]
 
     def _load_live_records(self, run: Run) -> list[JobRecord]:
         """Return those of `_load_job_records` whose jobs wait or run."""
@@ -427,20 +427,26 @@ class SlurmBackend:
         return self._read_status(run, client.find_jobs)
 
     def read_statuses(self, runs: Sequence[Run]) -> list[RunStatus]:
-        """Return the statuses of runs, from at most two queries to Slurm about all their jobs.
+        """Return the statuses of runs, from few queries to Slurm about all their jobs.
 
         Of a run that says itself that it has ended, only the queue is asked: it may have been
         submitted again.
         """
         jobs = {run.path: _read_job_ids(run) for run in runs}
-        ended = {run.path for run in runs if run.state not in (RunState.PENDING, RunState.RUNNING)}
+        active = [run for run in runs if run.state in (RunState.PENDING, RunState.RUNNING)]
+        ended = [run for run in runs if run not in active]
         try:
-            found = client.find_jobs(
-                [job for path, ids in jobs.items() if path not in ended for job in ids]
-            ) | client.find_queued_jobs([job for path in ended for job in jobs[path]])
+            records = client.find_jobs([job for run in active for job in jobs[run.path]])
+            records |= client.find_queued_jobs([job for run in ended for job in jobs[run.path]])
         except client.SlurmError as error:
-            return [self._read_status(run, _raise_again(error)) for run in runs]
-        return [self._read_status(run, lambda _jobs: found) for run in runs]
+            return [_make_stale_status(run, error) for run in runs]
+        statuses = []
+        for run in runs:
+            try:
+                statuses.append(self._read_status(run, lambda _jobs: records))
+            except (RunError, ValueError, OSError) as error:  # files of this one run are damaged
+                statuses.append(_make_stale_status(run, error))
+        return statuses
 
     def _read_status(
         self, run: Run, find_jobs: Callable[[Sequence[str]], Mapping[str, JobRecord]]
@@ -451,12 +457,10 @@ class SlurmBackend:
                 run.state, "it was not submitted to Slurm: submit it with `lorafleet resume`"
             )
         try:
-            found = find_jobs(jobs)
+            records = find_jobs(jobs)
         except client.SlurmError as error:
-            return RunStatus(
-                run.state, f"{error}; the last recorded state is {run.state}", fresh=False
-            )
-        return derive_status(run, jobs[-1], [found[job] for job in jobs if job in found])
+            return _make_stale_status(run, error)
+        return derive_status(run, jobs[-1], [records[job] for job in jobs if job in records])
 
     def check_site(self, runs: Path) -> Run:
         """Submit a short job that inspects nodes of the site, two if the site allows it.
@@ -540,11 +544,9 @@ class SlurmBackend:
         return f"{run.id} was removed from the queue; `lorafleet resume {run.id}` submits it again"
 
 
-def _raise_again(error: client.SlurmError) -> Callable[[Sequence[str]], Mapping[str, JobRecord]]:
-    def find_jobs(_jobs: Sequence[str]) -> Mapping[str, JobRecord]:
-        raise error
-
-    return find_jobs
+def _make_stale_status(run: Run, error: Exception) -> RunStatus:
+    message = f"{error}; the last recorded state is {run.state}"
+    return RunStatus(run.state, message, fresh=False, problem=str(error))
 
 
 class SlurmWatch:
@@ -719,7 +721,7 @@ def _read_last_output(run: Run, job: str) -> str:
 
 def _read_job_ids(run: Run) -> list[str]:
     try:
-        text = (run.path / _FOLDER / "jobs").read_text()
+        text = (run.path / _FOLDER / "jobs").read_text(errors="replace")
     except OSError:
         return []
     # These words become arguments of scancel, and the folder may come from somebody else.

@@ -172,7 +172,8 @@ def find_jobs(job_ids: Sequence[str]) -> dict[str, JobRecord]:
 
     squeue is asked first because it answers everywhere, but it has no exit codes. sacct
     needs accounting, and squeue and scontrol forget a job some minutes after its end
-    (MinJobAge). The number of queries to squeue and sacct does not grow with the jobs.
+    (MinJobAge). squeue is asked once for all jobs, and so is sacct, unless its version knows
+    only JSON; scontrol is asked once for each job that both do not know.
 
     Several lines for one id (array tasks, components of a heterogeneous job) are reduced to
     one: a running one if there is any, else a pending one.
@@ -183,27 +184,27 @@ def find_jobs(job_ids: Sequence[str]) -> dict[str, JobRecord]:
     Raises:
         SlurmError: No command answered. If the controller is down, the jobs may still exist.
     """
-    found: dict[str, JobRecord] = {}
+    records: dict[str, JobRecord] = {}
     error: SlurmError | None = None
-    has_answer = False
+    is_any_unknown = False
     for fetch in (_fetch_from_squeue, _fetch_from_sacct, _fetch_from_scontrol):
         # The exit code of an ended job is worth another query.
-        wanted = [job_id for job_id in job_ids if _is_incomplete(found.get(job_id))]
-        if not wanted:
+        missing = [job_id for job_id in job_ids if _is_incomplete(records.get(job_id))]
+        if not missing:
             break
         try:
-            answer = fetch(wanted)
+            answer = fetch(missing)
         except SlurmError as slurm_error:
             error = error or slurm_error
             continue
-        has_answer = has_answer or not all(answer.get(job_id) for job_id in wanted)
-        for job_id, records in answer.items():
-            record = min(records, key=_rank_record)
-            if job_id not in found or not _is_incomplete(record):
-                found[job_id] = record
-    if error is not None and not has_answer and len(found) < len(set(job_ids)):
+        is_any_unknown = is_any_unknown or not all(answer.get(job_id) for job_id in missing)
+        for job_id, candidates in answer.items():
+            record = min(candidates, key=_rank_record)
+            if job_id not in records or not _is_incomplete(record):
+                records[job_id] = record
+    if error is not None and not is_any_unknown and len(records) < len(set(job_ids)):
         raise error
-    return found
+    return records
 
 
 def _is_incomplete(record: JobRecord | None) -> bool:

@@ -348,7 +348,8 @@ def _build_pyxis_options(site: SlurmSite, script: ScriptContext) -> list[str]:
     return [
         _quote_word(f"--container-image={site.container.image}"),
         # Its name is new after a requeue: a start that was killed may have left half of one.
-        '"--container-name=$container"',
+        # The default is for a site's own template.
+        '"--container-name=${container:-lf-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}}"',
         f"--container-mounts={run_mounts}{extra_mounts}",
     ]
 

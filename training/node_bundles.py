@@ -75,21 +75,23 @@ class _Handover:
         try:
             with files.hold_lock(self.storage / "machines"):
                 self.nodes = _reserve(self.placement)
-                known = set(_list_groups())
+                earlier_groups = set(_list_groups())
                 self.chosen.set()
-                self._wait_for_group(known)
+                # A failure from here on costs only the order of trials, not this one.
+                with contextlib.suppress(Exception):
+                    self._wait_for_group(earlier_groups)
         # The caller raises it in its own thread.
         except Exception as error:  # noqa: BLE001
             self.error = error
         finally:
             self.chosen.set()
 
-    def _wait_for_group(self, known: set[str]) -> None:
-        """Wait for Ray Train's placement group, which is none of the known ones."""
+    def _wait_for_group(self, earlier_groups: set[str]) -> None:
+        """Wait for Ray Train's placement group, which is none of the earlier ones."""
         deadline = time.monotonic() + _HANDOVER_SECONDS
         while not self.is_over.wait(_POLL_SECONDS) and time.monotonic() < deadline:
             groups = _list_groups()
-            if any(self._is_group(groups[name]) for name in groups.keys() - known):
+            if any(self._is_group(groups[name]) for name in groups.keys() - earlier_groups):
                 return
 
     def _is_group(self, row: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from lorafleet.cluster import submitted_runs as registry
 from lorafleet.cluster.backend import RunStatus, Say, WeightSelection, ignore_message
+from lorafleet.cluster.planning.earlier_runs import read_earlier_trials
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.remote.backend import RemoteBackend
 from lorafleet.cluster.remote.place import CommandRunner, download_record
@@ -125,7 +126,13 @@ class RayBackend(RemoteBackend[RayClusterSite]):
             gpu_memory_gib=self.site.gpu_memory_gb * 1e9 / 2**30,
         )
         plan = self.apply_remote_paths(
-            make_plan(loaded, remote_site, command, self.site.allow_environment)
+            make_plan(
+                loaded,
+                remote_site,
+                command,
+                self.site.allow_environment,
+                read_earlier_trials(loaded.job.model.model_name_or_path, self.site.name),
+            )
         )
         line = shlex.join(self._build_entrypoint("RUN"))
         return plan.model_copy(
@@ -269,6 +276,14 @@ class RayBackend(RemoteBackend[RayClusterSite]):
             if info is not None and info.ended
             else status
         )
+
+    def observe(self, run: Run) -> RunStatus:
+        """Return the run's status from the cluster, and record nothing.
+
+        Raises RayUnreachable.
+        """
+        name = self.get_job_name(run)
+        return derive_status(run, name, self.jobs.get_info(name))
 
     def refresh(self, run: Run, say: Say = ignore_message) -> None:
         """Download what the run has written since the last call.

@@ -32,6 +32,12 @@ _REQUEST_TIMEOUTS = (5.0, 60.0)
 """Timeouts in seconds: to connect, and for a response."""
 _ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 RELAYED = "lorafleet-relay"
+_RAY_CLIENT = "ray.dashboard.modules"
+_RELAY_PREFIX = "lorafleet-relay-"
+"""Beginning of the submission ids of short jobs."""
+_KEPT_MILLISECONDS = 60_000
+_ABSENCES = 4
+"""Queries in a row without an interrupted job after which it counts as deleted."""
 
 
 class RayUnreachable(UserError):
@@ -58,6 +64,8 @@ class JobInfo:
     code: int | None
     """Exit code of the job's command; None if unknown."""
     metadata: dict[str, str]
+    end_time: int = 0
+    """Time of its end by the cluster's clock, in milliseconds; 0 before."""
 
     @property
     def ended(self) -> bool:
@@ -77,8 +85,10 @@ class RayJobs:
         self.address = address
         from ray.job_submission import JobSubmissionClient
 
-        # Ray reports each upload on the terminal, where only the user's own lines belong.
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        # Ray reports each upload on the terminal, where only the user's own lines belong. Its
+        # client gives its loggers a level of their own.
+        for logger in ("ray", f"{_RAY_CLIENT}.dashboard_sdk", f"{_RAY_CLIENT}.job.sdk"):
+            logging.getLogger(logger).setLevel(logging.WARNING)
 
         class Client(JobSubmissionClient):  # type: ignore[misc]
             """Ray's client with timeouts: its requests could otherwise wait for ever."""
@@ -159,14 +169,21 @@ class RayJobs:
                 if "status code 404" in str(error) and f"Job {name} does not exist" in str(error):
                     return None
                 raise
-        status = str(getattr(details.status, "value", details.status))
-        code = details.driver_exit_code
-        return JobInfo(status, str(details.message or ""), code, dict(details.metadata or {}))
+        return _parse_details(details)
 
     def list_names(self) -> list[str]:
         """Return the submission ids that the cluster knows. Raises RayUnreachable."""
         with self._translate_errors():
             return [str(job.submission_id) for job in self.client.list_jobs() if job.submission_id]
+
+    def list_infos(self) -> dict[str, JobInfo]:
+        """Return the jobs that the cluster knows, by submission id. Raises RayUnreachable."""
+        with self._translate_errors():
+            return {
+                str(job.submission_id): _parse_details(job)
+                for job in self.client.list_jobs()
+                if job.submission_id
+            }
 
     def stop(self, name: str) -> None:
         """Stop a job: Ray gives it a few seconds to end. Raises RayUnreachable."""
@@ -181,10 +198,21 @@ class RayJobs:
     def delete(self, name: str) -> None:
         """Delete an ended job from Ray's list; errors are ignored.
 
-        Without it, the list of a cluster would fill with the short jobs of `JobCommandRunner`.
+        Ray's own monitor writes a job that is deleted within a second or two of its end again,
+        as FAILED (seen with 2.60).
         """
         with contextlib.suppress(RayUnreachable), self._translate_errors():
             self.client.delete_job(name)
+
+
+def _parse_details(details: Any) -> JobInfo:
+    return JobInfo(
+        str(getattr(details.status, "value", details.status)),
+        str(details.message or ""),
+        details.driver_exit_code,
+        dict(details.metadata or {}),
+        int(details.end_time or 0),
+    )
 
 
 def _is_connection_error(error: BaseException) -> bool:
@@ -217,7 +245,7 @@ class JobCommandRunner:
             RayUnreachable: The job server does not answer.
             PlacementRefused: The input is too large for Ray's job server.
         """
-        name = f"lorafleet-relay-{secrets.token_hex(4)}"
+        name = f"{_RELAY_PREFIX}{secrets.token_hex(4)}"
         assignments = [f"{key}={value}" for key, value in self.environment.items()]
         # The first two words of a command are always `lorafleet node`, which `relay` adds again.
         line = ["env", *assignments, "lorafleet", "node", "relay", "input", "--", *command[2:]]
@@ -240,7 +268,7 @@ class JobCommandRunner:
             except BaseException:
                 self._abandon(name)
                 raise
-        self.jobs.delete(name)
+        self._delete_earlier(info)
         # Ray and the environment may print before the marker.
         match = re.search(rf"^{RELAYED} (\{{.*\}})$", output, re.MULTILINE)
         if match is None:
@@ -270,19 +298,33 @@ class JobCommandRunner:
             f"job {name} did not end within {_COMMAND_TIMEOUT_SECONDS / 60:.0f} minutes"
         )
 
+    def _delete_earlier(self, newest: JobInfo) -> None:
+        """Delete the short jobs from Ray's list that ended a minute before `newest`.
+
+        Otherwise the list of a cluster would fill with them. Younger ones may still be read by
+        somebody, and stay as SUCCEEDED.
+        """
+        with contextlib.suppress(RayUnreachable):
+            for name, info in self.jobs.list_infos().items():
+                is_old = info.ended and info.end_time < newest.end_time - _KEPT_MILLISECONDS
+                if name.startswith(_RELAY_PREFIX) and is_old:
+                    self.jobs.delete(name)
+
     def _abandon(self, name: str) -> None:
         """Stop a job and delete it from Ray's list, as far as the cluster answers."""
         deadline = time.monotonic() + _ABANDON_SECONDS
         with contextlib.suppress(RayUnreachable):
             info = self.jobs.get_info(name)
-            if info is None:
-                return
-            if not info.ended:
+            if info is not None and not info.ended:
                 self.jobs.stop(name)
-            while time.monotonic() < deadline and not (info is None or info.ended):
-                time.sleep(0.3)
+            # Ray's monitor may write it once more after it was deleted.
+            absent = 0
+            while absent < _ABSENCES and time.monotonic() < deadline:
                 info = self.jobs.get_info(name)
-            self.jobs.delete(name)
+                absent = absent + 1 if info is None else 0
+                if info is not None and info.ended:
+                    self.jobs.delete(name)
+                time.sleep(0.7)
 
 
 def relay(source: Path, command: list[str]) -> None:

@@ -134,8 +134,12 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         ) from error
 
     @abstractmethod
-    def status(self, run: Run) -> RunStatus:
-        """Return the run's status from the cluster."""
+    def observe(self, run: Run) -> RunStatus:
+        """Return the run's status from the cluster, and record nothing.
+
+        Raises:
+            UserError: The cluster does not answer.
+        """
 
     def read_statuses(self, runs: Sequence[Run]) -> list[RunStatus]:
         """Return the statuses of runs.
@@ -143,11 +147,15 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         A cluster that does not answer is asked once, not once for each run.
         """
         statuses: list[RunStatus] = []
+        problem = ""
         for run in runs:
-            if statuses and not statuses[-1].fresh:
-                statuses.append(RunStatus(run.state, statuses[-1].message, fresh=False))
-            else:
-                statuses.append(self.status(run))
+            try:
+                if problem:
+                    raise RunError(problem)
+                statuses.append(self.observe(run))
+            except UserError as error:
+                problem = str(error)
+                statuses.append(RunStatus(run.state, problem, fresh=False, problem=problem))
         return statuses
 
     @abstractmethod

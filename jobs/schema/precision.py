@@ -47,12 +47,13 @@ def describe_planned_formats(job: JobSpec, *, cuda: bool) -> str:
     precision = "bf16" if mixed == "auto" and (cuda or weights == "bfloat16") else mixed
     arithmetic = _AUTOCAST.get(precision)
     depends_on_gpu = cuda and "auto" in (job.model.dtype, mixed)
+    line = describe_number_formats(job, weights, arithmetic)
     if not depends_on_gpu:
-        return describe_number_formats(job, weights, arithmetic)
-    return (
-        f"{describe_number_formats(job, weights, arithmetic)}, if the GPU supports bfloat16; else "
-        "float32 (train.mixed_precision: fp16 must be asked for)"
-    )
+        return line
+    line += ", if the GPU supports bfloat16"
+    if (job.model.dtype, mixed) != ("auto", "auto"):
+        return line
+    return f"{line}; else float32 (train.mixed_precision: fp16 must be asked for)"
 
 
 def get_attention_refusal(job: JobSpec, *, cuda: bool, has_flash: bool) -> str | None:

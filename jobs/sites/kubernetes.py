@@ -111,6 +111,15 @@ class ResourceClaim(Spec):
         return self
 
 
+_RESERVED_NAMES = {
+    "volumes": ("storage", "tmp", "job", "shm"),
+    "sidecars": ("ray-head", "ray-worker", "ray-job-submitter", "autoscaler"),
+    "resource_claims": (),
+}
+"""Names of lorafleet's own volumes and containers, by the field that could repeat them."""
+_RESERVED_PATHS = ("/tmp", "/dev/shm", "/etc/lorafleet")  # nosec B108  # a pod's own
+
+
 class PodSettings(Spec):
     """What a cluster's own tools and hardware need in the pods of a job.
 
@@ -138,20 +147,43 @@ class PodSettings(Spec):
     get that of Ray's container.
     """
     resource_claims: Annotated[tuple[ResourceClaim, ...], Field(strict=False)] = ()
-    """Device claims of Ray's container."""
+    """Device claims of Ray's container, for devices that trials do not count, such as network
+    cards. GPUs of trials come from `gpus_per_node`.
+    """
 
     @model_validator(mode="after")
-    def _check_mounts(self) -> PodSettings:
-        """Check that each mount names a volume, and each volume and sidecar has a name."""
-        for field in ("volumes", "sidecars"):
-            for item in getattr(self, field):
-                if not isinstance(item.get("name"), str):
-                    raise ValueError(f"each of {field} needs a name")
-        known = {volume["name"] for volume in self.volumes} | {"storage", "tmp", "job"}
-        for mount in self.mounts:
-            if mount.name not in known:
-                raise ValueError(f"mounts names {mount.name}, but volumes has no such volume")
+    def _check_items(self) -> PodSettings:
+        """Check that items have names of their own, and mounts and affinity make sense."""
+        self._check_names()
+        self._check_mounts()
+        for kind, rules in self.affinity.items():
+            if not isinstance(rules, dict) or not all(
+                isinstance(terms, list | dict) for terms in rules.values()
+            ):
+                raise ValueError(f"affinity.{kind} must be a mapping of rules")
         return self
+
+    def _check_names(self) -> None:
+        for field, reserved in _RESERVED_NAMES.items():
+            names = [
+                item.get("name") if isinstance(item, dict) else item.name
+                for item in getattr(self, field)
+            ]
+            for name in names:
+                if not isinstance(name, str):
+                    raise ValueError(f"each of {field} needs a name")
+                if name in reserved:
+                    raise ValueError(f"{field} has {name}, a name that lorafleet uses itself")
+                if names.count(name) > 1:
+                    raise ValueError(f"{field} has {name} twice")
+
+    def _check_mounts(self) -> None:
+        volumes = {volume["name"] for volume in self.volumes} | {"storage"}
+        for mount in self.mounts:
+            if mount.name not in volumes:
+                raise ValueError(f"mounts names {mount.name}, but volumes has no such volume")
+            if mount.mount_path.rstrip("/") in _RESERVED_PATHS:
+                raise ValueError(f"mounts has {mount.mount_path}, which lorafleet mounts itself")
 
 
 HardeningPoint = Literal[
@@ -162,6 +194,7 @@ HardeningPoint = Literal[
     "image_digest",
     "non_root",
     "seccomp",
+    "security_options",
     "service_account_token",
     "token_auth",
 ]
@@ -565,15 +598,19 @@ class KubernetesSite(Spec):
                 "false"
             )
             problems.append(Problem("autoscale", sentence))
-        secret_names = sorted(
-            name for name in _list_patched_variables(self.patch) if is_secret_name(name)
-        )
-        if secret_names:
-            sentence = (
-                f"patch sets {secret_names[0]}, which may hold a secret: name a Secret in "
-                "`secrets` instead"
-            )
-            problems.append(Problem("patch", sentence))
+        raw_fields = {
+            "patch": self.patch,
+            "pod.sidecars": list(self.pod.sidecars),
+            "head.pod.sidecars": list(self.head.pod.sidecars),
+        }
+        for field, tree in raw_fields.items():
+            names = [name for name in _list_patched_variables(tree) if is_secret_name(name)]
+            if names:
+                sentence = (
+                    f"{field} sets {min(names)}, which may hold a secret: name a Secret in "
+                    "`secrets` instead"
+                )
+                problems.append(Problem(field, sentence))
         if problems:
             raise SpecProblems(problems)
         return self

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lorafleet.cluster.ray.client import JobCommandRunner, JobInfo, RayJobs
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.events import AttemptEvent
@@ -184,21 +186,28 @@ def test_short_jobs_leave_nothing_on_a_shared_ray(user: User, bert_job: JobMaker
     client = JobSubmissionClient(user.address)
 
     def relays() -> list[str]:
-        return [str(job.status) for job in client.list_jobs() if "relay" in str(job.submission_id)]
+        return [job.status.value for job in client.list_jobs() if "relay" in str(job.submission_id)]
 
     fetched = user.lorafleet("fetch", user.job(bert_job()), "--on", "up")
-    assert relays() == []
+    time.sleep(4)  # Ray writes a job that was deleted at once again, as FAILED
+    before = relays()
+    assert set(before) == {"SUCCEEDED"}
     assert "INFO" not in fetched.stderr
     assert "gcs://" not in fetched.stderr
     process = subprocess.Popen(
         user.command("doctor", "--on", "up"), cwd=user.home, env=user.environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=hears_ctrl_c,
     )  # fmt: skip
-    wait_for(relays, 60)
+    wait_for(lambda: len(relays()) > len(before), 60)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == ExitCode.INTERRUPTED, said
-    wait_for(lambda: not relays(), 30)
+    time.sleep(4)
+    assert relays() == before
+    runner = JobCommandRunner(RayJobs(user.address), {})
+    runner._delete_earlier(JobInfo("SUCCEEDED", "", 0, {}, 10**15))  # a minute after all of them
+    time.sleep(4)
+    assert relays() == []
 
 
 @pytest.mark.long

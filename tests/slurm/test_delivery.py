@@ -24,14 +24,18 @@ def test_a_model_is_exported_measured_and_judged_where_it_lies(
     login: Login, bert_job: JobMaker
 ) -> None:
     run = trained(bert_job(train__max_steps=30, train__learning_rate=1e-2), login.home)
-    for words, line in (
-        (("export", run.id, "--to", "onnx"), f"the recommended model of {run.path}: onnx to"),
-        (("benchmark", run.id, "--rounds", "2"), f"the recommended model of {run.path}: 2 rounds"),
-        (("evaluate", run.id), "job             1 node, on site rig"),
+    for words, line, nodes in (
+        (("export", run.id, "--to", "onnx"), f"the recommended model of {run.path}: onnx to", 1),
+        (
+            ("benchmark", run.id, "--rounds", "2"),
+            f"the recommended model of {run.path}: 2 rounds",
+            1,
+        ),
+        (("evaluate", run.id), f"arms            {run.id}, base", 2),
     ):
         planned = login.lorafleet(*words, "--on", "rig", "--dry-run").stdout
         assert line in planned, planned
-        assert "#SBATCH --nodes=1" in planned
+        assert f"#SBATCH --nodes={nodes}" in planned
     assert list(login.runs.glob("*")) == [run.path]
     there = ("--on", "rig", "--wait")
     made = login.lorafleet(

@@ -74,7 +74,7 @@ unset RAY_ADDRESS ROCR_VISIBLE_DEVICES
 export TMPDIR=$LF_HERE RAY_TMPDIR=$LF_HERE RAY_AUTH_TOKEN_PATH=$LF_HERE/token
 ulimit -n "$(ulimit -Hn)" 2>/dev/null
 cpus=$LF_CPUS
-[ -z "$LF_WHOLE_NODES" ] || cpus=$all_cpus
+[ -z "${LF_WHOLE_NODES:-}" ] || cpus=$all_cpus
 [ "$number" != 0 ] || LF_OBJECTS=$LF_HEAD_OBJECTS
 [ "$number" != 0 ] || [ "$LF_HEAD_WORKS" = 1 ] || cpus=0
 common=(

@@ -191,10 +191,66 @@ CASES: list[Case] = [
         f"{HEAD}.template.spec",
     ),
     (
-        "auth",
+        "token_auth",
         plain,
         {"spec.rayClusterSpec.authOptions.mode": "disabled"},
         "spec.rayClusterSpec.authOptions.mode",
+    ),
+    (
+        "secret_values",
+        plain,
+        {f"{HEAD}.template.spec.containers.0.env.0.name": "API_TOKEN"},
+        f"{HEAD}.template.spec.containers[0].env[0]",
+    ),
+    (
+        "submitter_template",
+        plain,
+        {"spec.submitterPodTemplate": None},
+        "spec.submitterPodTemplate",
+    ),
+    (
+        "escalation",
+        autoscaled,
+        {"spec.rayClusterSpec.autoscalerOptions.securityContext.privileged": True},
+        "spec.rayClusterSpec.autoscalerOptions.securityContext.privileged",
+    ),
+    (
+        "image_digest",
+        autoscaled,
+        {"spec.rayClusterSpec.autoscalerOptions.image": "other:latest"},
+        "spec.rayClusterSpec.autoscalerOptions.image",
+    ),
+    (
+        "service_account_token",
+        plain,
+        {
+            f"{WORKERS}.0.template.spec.volumes.0": {
+                "name": "job",
+                "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]},
+            }
+        },
+        f"{WORKERS}[0].template.spec.volumes[0].projected",
+    ),
+    *(
+        (
+            "security_options",
+            plain,
+            {f"{WORKERS}.0.template.spec.containers.0.securityContext.{field}": value},
+            f"{WORKERS}[0].template.spec.containers[0].securityContext.{path}",
+        )
+        for field, value, path in (
+            ("procMount", "Unmasked", "procMount"),
+            ("appArmorProfile", {"type": "Unconfined"}, "appArmorProfile"),
+            ("seLinuxOptions", {"role": "sysadm_r"}, "seLinuxOptions"),
+            ("seLinuxOptions", {"type": "spc_t"}, "seLinuxOptions.type"),
+            ("windowsOptions", {"hostProcess": True}, "windowsOptions.hostProcess"),
+        )
+    ),
+    (
+        "security_options",
+        plain,
+        {f"{HEAD}.template.spec.securityContext.sysctls": [{"name": "kernel.x", "value": "1"}]},
+        f"{HEAD}.template.spec.securityContext.sysctls",
     ),
     ("auth", plain, {"spec.rayClusterSpec.rayVersion": "2.9.0"}, "spec.rayClusterSpec.rayVersion"),
     (

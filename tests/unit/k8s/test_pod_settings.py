@@ -120,6 +120,23 @@ def test_a_patch_that_cannot_be_applied(patch: list[dict[str, Any]], sentence: s
         ({"hugepages": {"4Mi": "1Gi"}}, "2Mi"),
         ({"hugepages": {"2Mi": "1 GB"}}, "pattern"),
         ({"runtime_class": "Nvidia!"}, "pattern"),
+        ({"volumes": [{"name": "tmp", "emptyDir": {}}]}, "volumes has tmp, a name that lorafleet"),
+        ({"volumes": [{"name": "a"}, {"name": "a"}]}, "volumes has a twice"),
+        ({"sidecars": [{"name": "ray-worker"}]}, "sidecars has ray-worker, a name that lorafleet"),
+        (
+            {"resource_claims": [{"name": "a", "claim": "x"}, {"name": "a", "claim": "y"}]},
+            "resource_claims has a twice",
+        ),
+        ({"mounts": [{"name": "storage", "mount_path": "/tmp"}]}, "which lorafleet mounts itself"),
+        ({"affinity": {"podAffinity": None}}, "affinity.podAffinity must be a mapping of rules"),
+        (
+            {"affinity": {"podAffinity": {"required": None}}},
+            "affinity.podAffinity must be a mapping of rules",
+        ),
+        (
+            {"sidecars": [{"name": "a", "env": [{"name": "API_TOKEN", "value": "x"}]}]},
+            "pod.sidecars sets API_TOKEN, which may hold a secret",
+        ),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], sentence: str) -> None:

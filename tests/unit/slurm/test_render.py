@@ -105,8 +105,11 @@ def test_a_linter_and_bash_accept_them(name: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
+
+
 def test_the_page_for_administrators_is_about_this_script() -> None:
-    """It names every step, and its site file is one; it and the script are short enough to read."""
+    """It names every step, its site file is one, bash accepts its lines, and it is short."""
     page = (ROOT / "docs" / "slurm-admins.md").read_text()
     texts = [text for site in sites().values() for text in rendered(site).values()]
     steps = {name for text in texts for name in re.findall(r"--job-name=(lf-[a-z]+)", text)}
@@ -117,9 +120,12 @@ def test_the_page_for_administrators_is_about_this_script() -> None:
     assert set(locked) <= set(SlurmSite.model_fields)
     SlurmSite.model_validate({"name": "all", **site})
     (range_text,) = re.findall(r"between (\d+) and (\d+)", page)
-    first, last = map(int, range_text)
-    low, _ = choose_ports([], 4, 1)
-    assert first <= low < last
+    blocks = [choose_ports([], 4, job) for job in range(1000)]
+    assert tuple(map(int, range_text)) == (min(blocks)[0], max(blocks)[1] + 1)
+    for script in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
+        subprocess.run([SHELLCHECK, "--shell=bash", "-"], input=script, text=True, check=True)
+        for pattern in re.findall(r"^pkill .*'(.*)'$", script, re.MULTILINE):
+            re.compile(pattern)
     assert len(page.splitlines()) <= 250
 
 

@@ -129,6 +129,17 @@ class LossModule(nn.Module):
             nll_BK = self._compute_token_losses(batch)
             return nll_BK.sum(), nll_BK.detach().sum(dim=1)
 
+    def compute_row_losses(self, batch: Batch) -> torch.Tensor:
+        """Return the summed negative log-likelihood of each row (B), with its gradient.
+
+        For batches whose rows belong to different trials.
+        """
+        with self._open_autocast(batch.ids_BT.device.type):
+            if self.classifies:
+                logits_BC = self.model(**batch.inputs).logits.float()
+                return functional.cross_entropy(logits_BC, batch.labels, reduction="none")
+            return self._compute_token_losses(batch).sum(dim=1)
+
     def _open_autocast(self, device: str) -> AbstractContextManager[Any]:
         """Return a context for mixed precision.
 

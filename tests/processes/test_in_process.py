@@ -120,7 +120,7 @@ def test_a_driver_saves_and_ends_when_its_supervisor_is_killed(
 
 def test_a_killed_driver_is_not_started_again(bert_job: JobMaker, place: Path) -> None:
     """SIGKILL is how a user ends it for good; `resume` continues, and no retry is spent."""
-    loaded = bert_job(train__max_steps=3000, train__eval_steps=200, train__checkpoint_minutes=0.01)
+    loaded = bert_job(train__max_steps=1000, train__eval_steps=200, train__checkpoint_minutes=0.01)
     process = begin(loaded, place, command="train")
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     run = newest(place)

@@ -117,7 +117,10 @@ def test_the_time_limit(login: Login, bert_job: JobMaker) -> None:
     login.write_site(time_limit="3:00")
     run = login.submit(bert_job(GRID.replace("5000", "60000"), search__max_concurrent_trials=2))
     login.start_now(run)
-    saved = {trial.path / "metrics.jsonl": trial.read_metrics() for trial in run.list_trials()}
+    saved = {
+        path: files.read_jsonl(path)
+        for path in (trial.path / "metrics.jsonl" for trial in run.list_trials())
+    }
     assert login.ended_however_often(run).state == "COMPLETED"
     check_steps(run)
     assert any(saved.values())

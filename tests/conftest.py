@@ -222,7 +222,7 @@ train: {{per_device_train_batch_size: 4, learning_rate: 1e-2, max_steps: 6}}
 
 
 def read_step(trial: Trial) -> int:
-    """How far a trial is, by its heartbeat; 0 without one."""
+    """Return the step in a trial's heartbeat, or 0 without a heartbeat."""
     progress = Run(trial.path.parent.parent).read_progress().get(trial.id)
     return progress.step if progress is not None else 0
 

@@ -1,4 +1,4 @@
-"""What this user's earlier runs measured: seconds per training row and peak memory.
+"""Read seconds per training row and peak memory from this user's earlier runs.
 
 A plan takes both from trials of the same shape, and estimates only what was never measured. Runs
 that are not this user's own are not read.
@@ -60,7 +60,7 @@ _FILE_FIELDS = ("train_file", "validation_file", "test_file", "dataset_name", "d
 
 @dataclass(frozen=True)
 class EarlierTrial:
-    """What one trial of an earlier run measured."""
+    """Shape and measurements of one trial of an earlier run."""
 
     run: str
     """Id of the run."""

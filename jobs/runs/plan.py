@@ -89,7 +89,7 @@ class TrainingRate(Spec):
     seconds_per_row: float
     """Seconds of one process (on a GPU: of one GPU) per training row."""
     source: str
-    """Where it was measured, for people."""
+    """Run and site of the measurement, for display."""
 
 
 class PlannedTrial(Spec):
@@ -155,7 +155,7 @@ class Plan(Spec):
     loads: list[TrainingLoad] = []
     """Training work: one entry, or one for each arm of a comparison."""
     waste: list[str] = []
-    """What of the requested machines the trials leave unused, and the remedy; one message each."""
+    """Messages about requested resources that the trials leave unused, each with a remedy."""
     gpu_memory_gib: float = 0.0
     """Memory of one GPU of the site, in GiB; 0 on CPU or if unknown."""
     checkpoint_gb: float | None = None

@@ -106,7 +106,7 @@ class StartRecord(Record):
     """`began`, `ended`, or why the job requeued itself. `ended-by-slurm`: see `reason`."""
     submission: str | None = None
     reason: str = ""
-    """How Slurm ended the job, as a sentence about `it`; only with the event `ended-by-slurm`."""
+    """Slurm's reason for ending the job, as a sentence about `it`; only for `ended-by-slurm`."""
 
 
 class FailureRecord(Record):

@@ -121,7 +121,7 @@ _RESERVED_PATHS = ("/tmp", "/dev/shm", "/etc/lorafleet")  # nosec B108  # a pod'
 
 
 class PodSettings(Spec):
-    """What a cluster's own tools and hardware need in the pods of a job.
+    """Settings of a job's pods for the tools and hardware of a cluster.
 
     Values of the type mapping are Kubernetes' own, with its spelling (`topologyKey`).
     """
@@ -133,7 +133,7 @@ class PodSettings(Spec):
     volumes: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     """Volumes, as Kubernetes writes them: `{name: data, persistentVolumeClaim: {claimName: x}}`."""
     mounts: Annotated[tuple[VolumeMount, ...], Field(strict=False)] = ()
-    """Where Ray's container sees these volumes."""
+    """Paths of these volumes in Ray's container."""
     affinity: dict[str, Any] = {}
     """Affinity of the pods."""
     topology_spread: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()

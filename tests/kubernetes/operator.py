@@ -40,11 +40,11 @@ OVERRIDES = {"GRPC_DNS_RESOLVER": "native"}
 """gRPC's own resolver does not read /etc/hosts."""
 _OBJECT_STORE = 90_000_000
 _NODE_GRACE_SECONDS = 40.0
-"""How long Kubernetes waits for a silent node before it taints it (node-monitor-grace-period)."""
+"""Time from a node's last heartbeat to its taint (node-monitor-grace-period)."""
 _DEFAULT_TOLERATION_SECONDS = 300.0
-"""What Kubernetes itself adds to pods for a node that is not reachable."""
+"""Toleration of an unreachable node that Kubernetes adds to pods without one."""
 _STATUS_CHECK_SECONDS = 300.0
-"""After how long without an answer of the head KubeRay gives a RayJob up, and tries no other."""
+"""Time without an answer of the head after which KubeRay fails a RayJob, without a retry."""
 _UNREACHABLE = "node.kubernetes.io/unreachable"
 
 

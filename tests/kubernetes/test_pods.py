@@ -193,9 +193,9 @@ def test_the_heads_node_is_lost(user: User, bert_job: JobMaker, tolerates: bool)
         no_step_twice(there)
         return
     user.when(run, lambda: user.status(run)["state"] == "stopped", 120)
-    said = user.status(run)["place"]
-    assert "did not answer" in said
-    assert f"continue it with `lorafleet resume {run.id}`" in said
+    place = user.status(run)["place"]
+    assert "did not answer" in place
+    assert f"continue it with `lorafleet resume {run.id}`" in place
     assert len(user.operator.attempts) == 1
 
 

@@ -200,8 +200,8 @@ def test_short_jobs_leave_nothing_on_a_shared_ray(user: User, bert_job: JobMaker
     )  # fmt: skip
     wait_for(lambda: len(relays()) > len(before), 60)
     os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == ExitCode.INTERRUPTED, said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.INTERRUPTED, output
     time.sleep(4)
     assert relays() == before
     runner = JobCommandRunner(RayJobs(user.address), {})

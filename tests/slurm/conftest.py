@@ -54,11 +54,11 @@ class Rigs:
 
 @pytest.fixture(scope="session")
 def rigs() -> Iterator[Rigs]:
-    made = Rigs()
+    rigs = Rigs()
     try:
-        yield made
+        yield rigs
     finally:
-        made.end()
+        rigs.end()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ _BRIDGE = "lfslurm"
 _PROGRAMS = (
     "sacct sacctmgr sbatch scancel scontrol sinfo slurmctld slurmd squeue srun sstat".split()
 )
-"""What is taken from another Debian, if a rig has one."""
+"""Programs that a rig with another Debian takes from there."""
 _PACKAGES = "slurm-wlm,munge,iproute2,procps,libffi8,libsqlite3-0,libgomp1,libexpat1"
 """Slurm, and what this machine's Python needs in a job."""
 _COMMANDS = ("slurmctld", "slurmd", "munged", "ip", "unshare", "nsenter", "setpriv")
@@ -97,10 +97,10 @@ class Rig:
     @property
     def environment(self) -> dict[str, str]:
         """What Slurm's commands need to find this cluster and no other."""
-        own = {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        variables = {"SLURM_CONF": str(self.folder / "slurm.conf")}
         if self.root is not None:
-            own["PATH"] = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        return os.environ | own
+            variables["PATH"] = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        return os.environ | variables
 
     def up(self) -> None:
         """Start it, and wait until every node is idle."""

@@ -1,4 +1,4 @@
-"""What `plan` says of a job on a Slurm: its script, its array, its speed and what it leaves idle."""
+"""Plans of jobs on Slurm: script, job array, speed and unused resources."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_a_plan_is_folded_and_measured(login: Login, bert_job: JobMaker) -> None
 def test_idle_nodes_and_cores_are_named(login: Login, bert_job: JobMaker) -> None:
     path = login.home / "job.yaml"
     path.write_text(bert_job(SEARCH.replace("num_samples: 8", "num_samples: 1")).text)
-    said = " ".join(login.lorafleet("plan", path, "--on", "rig").stdout.split())
+    output = " ".join(login.lorafleet("plan", path, "--on", "rig").stdout.split())
     assert (
         "unused 1 of 2 machines stay idle, because there is only one trial: request 1 with "
-        "--nodes 1" in said
+        "--nodes 1" in output
     )
 
 
@@ -66,7 +66,7 @@ search:
     )
     login.write_site(launch="array", array={"trials_per_task": 4, "max_running": 3}, nodes=1)
     planned = login.lorafleet("plan", path, "--on", "rig")
-    said = " ".join(planned.stdout.split())
-    assert "2 trials in parallel in each of 251 array tasks (3 at once)" in said
-    assert "2 waves if no trial is stopped early" in said
-    assert "job 251 array tasks and a job that merges them, on site rig" in said
+    output = " ".join(planned.stdout.split())
+    assert "2 trials in parallel in each of 251 array tasks (3 at once)" in output
+    assert "2 waves if no trial is stopped early" in output
+    assert "job 251 array tasks and a job that merges them, on site rig" in output

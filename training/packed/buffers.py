@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class TrainedKind:
-    """What of the optimiser's settings depends on the tensor."""
+    """The properties of a tensor that the optimiser's settings depend on."""
 
     is_lora_b: bool
     """LoRA+ gives these a learning rate of their own."""

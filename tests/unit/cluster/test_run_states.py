@@ -22,21 +22,21 @@ class Answering:
     """A cluster that counts the questions."""
 
     def __init__(self) -> None:
-        self.asked: list[list[str]] = []
+        self.requests: list[list[str]] = []
         self.fresh = True
         self.state = RunState.RUNNING
 
     def read_statuses(self, runs: list[Run]) -> list[RunStatus]:
-        self.asked.append([run.id for run in runs])
+        self.requests.append([run.id for run in runs])
         problem = "" if self.fresh else "squeue did not answer"
         return [RunStatus(self.state, fresh=self.fresh, problem=problem) for _ in runs]
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Answering:
-    made = Answering()
-    monkeypatch.setattr(run_states, "get_cluster_backend", lambda _record: made)
-    return made
+    answering = Answering()
+    monkeypatch.setattr(run_states, "get_cluster_backend", lambda _record: answering)
+    return answering
 
 
 def make_run(folder: Path, kind: str | None, site: str = "a", last: bool = False) -> Run:
@@ -55,7 +55,7 @@ def test_each_cluster_is_asked_once(tmp_path: Path, cluster: Answering) -> None:
     strangers = make_run(tmp_path, "slurm")
     remove_run_record(strangers.path)
     states = run_states.read_run_states([here, *slurm, *pods, over, strangers])
-    assert cluster.asked == [[run.id for run in slurm], [pods[0].id], [pods[1].id]]
+    assert cluster.requests == [[run.id for run in slurm], [pods[0].id], [pods[1].id]]
     assert set(states.states) == {run.path for run in (*slurm, *pods)}
     assert states.notes == []
 

@@ -478,9 +478,9 @@ def test_gpus_that_kuberay_counts(name: str, counts: bool) -> None:
     """From its v1.7.0: others would give pods with GPUs that Ray does not know of."""
     site = bare(gpu_resource=name, gpus_per_node=1)
     assert is_gpu_resource(name) is counts
-    found = [finding.path for finding in lint(rayjob(site)) if finding.rule == "gpu_names"]
+    paths = [finding.path for finding in lint(rayjob(site)) if finding.rule == "gpu_names"]
     limits = f"{WORKERS}[0].template.spec.containers[0].resources.limits"
-    assert found == ([] if counts else [f"{limits}.{name}"])
+    assert paths == ([] if counts else [f"{limits}.{name}"])
     patch = [
         {
             "op": "add",

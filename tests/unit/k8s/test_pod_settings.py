@@ -1,4 +1,4 @@
-"""What a platform team adds to the pods of a job, and what a patch of either kind does."""
+"""Pod settings and patches of a Kubernetes site."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_settings_reach_the_pods_that_they_are_for() -> None:
 
 
 def test_no_node_is_emptied_under_a_job() -> None:
-    """Of the head, the workers and the submitter; a site may say otherwise."""
+    """The head, the workers and the submitter have the annotations; a site can change them."""
     job = rayjob(bare())
     templates = [group["template"] for _, group in list_groups(job)]
     for template in [*templates, job["spec"]["submitterPodTemplate"]]:
@@ -57,8 +57,8 @@ def test_no_node_is_emptied_under_a_job() -> None:
             "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
             "karpenter.sh/do-not-disrupt": "true",
         }
-    own = worker(bare(annotations={"karpenter.sh/do-not-disrupt": "false"}))
-    assert own["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "false"
+    changed = worker(bare(annotations={"karpenter.sh/do-not-disrupt": "false"}))
+    assert changed["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "false"
 
 
 def test_labels_of_a_site_do_not_replace_those_by_which_runs_are_found() -> None:

@@ -191,25 +191,25 @@ def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_many_jobs_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     squeue = "9|RUNNING|None|a\n12_[4-9]|PENDING|Resources|\n12_3|RUNNING|None|b\n13|FAILED|x|a\n"
     sacct = "13|FAILED|3:0|None|a|0\n14+0|CANCELLED by 0|0:0|None|a|0\n14+1|CANCELLED|0:0|None||0\n"
-    asked: list[list[str]] = []
+    commands: list[list[str]] = []
 
     def ask(command: list[str], *_: object, **__: object) -> client.CommandOutput:
-        asked.append(command)
+        commands.append(command)
         return client.CommandOutput(0, {"squeue": squeue, "sacct": sacct}.get(command[0], ""), "")
 
     monkeypatch.setattr(client, "run_command", ask)
-    found = client.find_jobs(["9", "12", "13", "14", "15"])
-    states = {job: (record.state, record.exit_code) for job, record in found.items()}
+    records = client.find_jobs(["9", "12", "13", "14", "15"])
+    states = {job: (record.state, record.exit_code) for job, record in records.items()}
     assert states == {
         "9": ("RUNNING", None),
         "12": ("RUNNING", None),
         "13": ("FAILED", 3),
         "14": ("CANCELLED", 0),
     }
-    assert [command[0] for command in asked] == ["squeue", "sacct", "scontrol"]
-    assert "--jobs=9,12,13,14,15" in asked[0]
-    assert "--jobs=13,14,15" in asked[1]
-    assert asked[2][-1] == "15"
+    assert [command[0] for command in commands] == ["squeue", "sacct", "scontrol"]
+    assert "--jobs=9,12,13,14,15" in commands[0]
+    assert "--jobs=13,14,15" in commands[1]
+    assert commands[2][-1] == "15"
 
 
 def test_a_finished_run_does_not_wait_for_what_is_left_in_the_queue(run: Run) -> None:
@@ -229,8 +229,8 @@ def test_a_restart_that_squeue_does_not_tell(run: Run) -> None:
     history = run.path / "slurm" / "history.jsonl"
     began = {"job": "9", "restart": 0, "submission": "1", "event": "began", "code": 0}
     history.write_text(json.dumps(began) + "\n")
-    said = derive_status(run, "9", [record("PENDING", reason="BeginTime")])
-    assert "waits in the queue again (restart 1)" in said.message
+    status = derive_status(run, "9", [record("PENDING", reason="BeginTime")])
+    assert "waits in the queue again (restart 1)" in status.message
     with history.open("a") as lines:
         lines.write(json.dumps(began | {"restart": 1}) + "\n")
     assert (

@@ -1,4 +1,4 @@
-"""What an error on the held-out rows leaves behind."""
+"""State of a run after an error on the held-out rows."""
 
 from __future__ import annotations
 

@@ -129,9 +129,9 @@ def test_what_the_site_file_states_must_be_there(
 ) -> None:
     whole = {"cpus": 16, "memory_gib": 125.0}
     reports = [report(1, **(whole | changed)), report(0, **whole)]
-    found = find_missing_resources(reports, STATED, head_works=True)
+    sentences = find_missing_resources(reports, STATED, head_works=True)
     advice = "correct the site file, or have the node checked"
-    assert found == ([] if sentence is None else [f"{sentence}: {advice}"])
+    assert sentences == ([] if sentence is None else [f"{sentence}: {advice}"])
 
 
 def test_a_head_of_its_own_has_other_resources() -> None:

@@ -110,7 +110,7 @@ def test_rows_that_were_changed_in_place_are_others(tmp_path: Path, bert_job: Jo
 
 
 def test_memory_that_was_measured_decides(tmp_path: Path, bert_job: JobMaker) -> None:
-    """Where the estimate allows one trial, two were seen to fit."""
+    """The estimate allows one trial at a time; the measured memory allows two."""
     search = bert_job(PAIR)
     plan = plan_again(search)
     expected = plan.memory.expected

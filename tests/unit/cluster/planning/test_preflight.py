@@ -148,9 +148,9 @@ def test_bfloat16_that_the_gpu_does_not_have(
         "Tesla V100 does not support bfloat16, so the trial computes in float32: "
         "train.mixed_precision=fp16 is faster there, and must be asked for"
     )
-    asked = bert_job(train__mixed_precision="fp16").job
-    assert describe_missing_bfloat16(asked, gpu) is None
-    assert resolve_autocast_dtype(asked, gpu) is torch.float16
+    with_fp16 = bert_job(train__mixed_precision="fp16").job
+    assert describe_missing_bfloat16(with_fp16, gpu) is None
+    assert resolve_autocast_dtype(with_fp16, gpu) is torch.float16
     assert describe_missing_bfloat16(bert_job().job, torch.device("cpu")) is None
 
 

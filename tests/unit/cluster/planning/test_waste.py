@@ -1,4 +1,4 @@
-"""What a plan says of machines that it asks for and does not use."""
+"""Messages of a plan about requested machines that it does not use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def estimate(gib: float, measured: float | None = None) -> MemoryEstimate:
 
 
 @pytest.mark.parametrize(
-    ("site", "trials", "resources", "gib", "said"),
+    ("site", "trials", "resources", "gib", "messages"),
     [
         (make_site(2, 8, 4, 80), 8, {}, 60, []),
         (
@@ -115,12 +115,12 @@ def test_unused_machines(
     trials: int,
     resources: dict[str, object],
     gib: float,
-    said: list[str],
+    messages: list[str],
     bert_job: JobMaker,
 ) -> None:
     job = bert_job(**{f"resources__{name}": value for name, value in resources.items()}).job
     placement = compute_placement(job, site, trials, 1.0)
-    assert describe_waste(job, site, placement, trials, estimate(gib)) == said
+    assert describe_waste(job, site, placement, trials, estimate(gib)) == messages
 
 
 def test_what_was_measured_counts_before_the_estimate(bert_job: JobMaker) -> None:
@@ -128,8 +128,8 @@ def test_what_was_measured_counts_before_the_estimate(bert_job: JobMaker) -> Non
     site = make_site(1, 8, 4, 80)
     placement = compute_placement(job, site, 4, 1.0)
     assert describe_waste(job, site, placement, 4, estimate(3.0, measured=60.0)) == []
-    (said,) = describe_waste(job, site, placement, 4, estimate(60.0, measured=10.0))
-    assert said == (
+    (message,) = describe_waste(job, site, placement, 4, estimate(60.0, measured=10.0))
+    assert message == (
         "a trial needs about 11.0 GiB of a GPU's 80.0: raise train.per_device_train_batch_size "
         "from 4 (a step has 8 micro-batches), and lower train.gradient_accumulation_steps as much; "
         "a smaller GPU costs less"

@@ -28,8 +28,9 @@ from lorafleet.k8s.render import get_run_folder
 from lorafleet.k8s.watch import KubernetesWatch
 from tests.conftest import JobMaker
 from tests.kubernetes.api_server import ApiServer
+from tests.kubernetes.crd import CRD
 from tests.kubernetes.operator import Operator, missing
-from tests.kubernetes.over_http import CRD, storage_at
+from tests.kubernetes.over_http import storage_at
 from tests.kubernetes.pods import BIN, Kubelet
 
 PLANTED = "planted-secret-4712"
@@ -140,7 +141,7 @@ def user(tmp_path: Path) -> Iterator[User]:
     why = missing()
     if why:
         pytest.skip(why)
-    server = ApiServer(CRD if CRD.is_file() else None)
+    server = ApiServer(CRD)
     folder = Path(tempfile.mkdtemp(prefix="pods-", dir="/tmp"))
     operator = Operator(server, folder, tmp_path / "storage", secrets={"planted": {"it": PLANTED}})
     server.put_down({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "shared"},
@@ -160,7 +161,7 @@ def user(tmp_path: Path) -> Iterator[User]:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     """A cluster with an empty namespace, which the kubeconfig names."""
-    made = ApiServer(CRD if CRD.is_file() else None)
+    made = ApiServer(CRD)
     monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig(tmp_path / "kubeconfig")))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     yield made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,9 @@ from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.k8s.backend import KubernetesBackend
 from lorafleet.k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL
-from tests.conftest import ROOT
 from tests.kubernetes.pods import Kubelet
 from tests.unit.k8s.test_render import bare
 
-CRD = Path(
-    os.environ.get("LORAFLEET_RAYJOB_CRD")
-    or ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json"
-)
 FINISHED = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
 
 

@@ -52,7 +52,8 @@ from lorafleet.k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL, get_run_folder
 from lorafleet.k8s.watch import KubernetesWatch
 from tests.conftest import JobMaker, lorafleet
 from tests.kubernetes.api_server import ApiServer, Fault
-from tests.kubernetes.over_http import CRD, FINISHED, head, name_of, storage_at, stored
+from tests.kubernetes.crd import CRD
+from tests.kubernetes.over_http import FINISHED, head, name_of, storage_at, stored
 from tests.kubernetes.pods import BIN, Kubelet, became, secrets_asked
 from tests.unit.k8s.test_render import bare
 
@@ -183,7 +184,6 @@ def test_a_server_that_goes_away_in_the_middle(
     assert server.get("ConfigMap", name_of(run))["metadata"]["ownerReferences"]  # type: ignore[index]
 
 
-@pytest.mark.skipif(not CRD.is_file(), reason=f"no schema of RayJob at {CRD}")
 def test_unknown_fields_are_refused_by_the_server(
     server: ApiServer, submitted: Callable[..., Run], site: KubernetesSite, tmp_path: Path
 ) -> None:
@@ -991,7 +991,6 @@ def test_a_transfer_pod_that_does_not_start(
 # --- the cluster is asked
 
 
-@pytest.mark.skipif(not CRD.is_file(), reason=f"no schema of RayJob at {CRD}")
 def test_the_schema_comes_from_the_cluster(
     server: ApiServer, site: KubernetesSite, bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from lorafleet.k8s.backend import KubernetesBackend
 from lorafleet.k8s.render import ATTEMPT_LABEL, RUN_LABEL
 from tests.conftest import JobMaker, hears_ctrl_c, lorafleet
 from tests.kubernetes.api_server import ApiServer
-from tests.kubernetes.over_http import CRD, FINISHED, head, name_of
+from tests.kubernetes.over_http import FINISHED, head, name_of
 from tests.kubernetes.pods import BIN, Kubelet, secrets_asked
 
 
@@ -60,10 +60,9 @@ def test_doctor_on_a_namespace(
     done = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
     found = {row["what"]: row for row in json.loads(done.stdout)["findings"]}
     verdicts = {what: row["verdict"] for what, row in found.items()}
-    assert set(verdicts.values()) - {"ok"} == (set() if CRD.is_file() else {"missing"}), found
-    if CRD.is_file():
-        assert done.returncode == 0
-        assert "writable" in found["storage in a pod"]["found"]
+    assert set(verdicts.values()) == {"ok"}, found
+    assert done.returncode == 0
+    assert "writable" in found["storage in a pod"]["found"]
     server.forbidden += [("delete", "/rayjobs$"), ("create", "/pods/exec$")]
     told = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
     rows = {row["what"]: row for row in json.loads(told.stdout)["findings"]}

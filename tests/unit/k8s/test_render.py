@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +29,7 @@ from lorafleet.k8s.render import (
     to_yaml,
 )
 from tests.conftest import ROOT
+from tests.kubernetes.crd import CRD
 
 GOLDEN = ROOT / "tests" / "golden" / "kubernetes"
 IMAGE = "registry/lorafleet:0.1.0@sha256:" + "1" * 64
@@ -133,13 +133,8 @@ def rayjob(site: KubernetesSite, order: RenderContext = ORDER) -> dict[str, Any]
 
 @pytest.fixture(scope="session")
 def schema() -> Schema:
-    """The real CRD of KubeRay: from a file that the environment names."""
-    path = os.environ.get("LORAFLEET_RAYJOB_CRD") or str(
-        ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json"
-    )
-    if not Path(path).is_file():
-        pytest.skip(f"no CRD of KubeRay in {path} (LORAFLEET_RAYJOB_CRD names another file)")
-    return Schema.read(Path(path))
+    """The real CRD of KubeRay."""
+    return Schema.read(CRD)
 
 
 @pytest.mark.parametrize("name", sites())

@@ -85,17 +85,90 @@ def evaluate_rows(
         results = _run_forward_passes(
             module, job, data, split_name, device, ranks, equal_passes=equal_passes, on_pass=on_pass
         )
-        if not job.is_generative:
-            return _add_custom_metrics(results, job, data, split_name, metrics)
-        rows = len(results) if metrics and rows_to_answer is None else rows_to_answer or 0
-        if min(rows, len(results)) == 0:
-            return results
-        answers = _generate_answers(
-            module.model, job, data, split_name, min(rows, len(results)), ranks, device, on_pass
+        return complete_results(
+            module.model,
+            results,
+            job,
+            data,
+            split_name,
+            device,
+            ranks,
+            metrics=metrics,
+            rows_to_answer=rows_to_answer,
+            on_pass=on_pass,
         )
-        return _add_answer_metrics(results, answers, job, data, split_name, metrics, device)
     finally:
         model.train(was_training)
+
+
+def complete_results(
+    model: Any,
+    results: RowResults,
+    job: JobSpec,
+    data: TokenData,
+    split_name: str,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    metrics: Sequence[str] = (),
+    rows_to_answer: int | None = None,
+    on_pass: OnPass = ignore_phase,
+) -> RowResults:
+    """Return the results of forward passes with answers, and with the user's own metrics.
+
+    Args:
+        model: The loaded model, in eval mode. See `evaluate_rows` for the others.
+    """
+    if not job.is_generative:
+        return _add_custom_metrics(results, job, data, split_name, metrics)
+    rows = len(results) if metrics and rows_to_answer is None else rows_to_answer or 0
+    if min(rows, len(results)) == 0:
+        return results
+    answers = _generate_answers(
+        model, job, data, split_name, min(rows, len(results)), ranks, device, on_pass
+    )
+    return _add_answer_metrics(results, answers, job, data, split_name, metrics, device)
+
+
+class RowCollector:
+    """Losses of the rows of a split and, for a classifier, its predictions.
+
+    For generation, the rows of the result are rows of the data: the losses and targets of
+    all examples of one conversation are added.
+    """
+
+    def __init__(self, data: TokenData, split_name: str, *, classifies: bool) -> None:
+        self.split = data.splits[split_name]
+        self.labels = max(2, len(data.labels))
+        self.classifies = classifies
+        self._parts: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, rows: np.ndarray, labels_B: torch.Tensor, detail: torch.Tensor) -> None:
+        """Add the results of a batch.
+
+        Args:
+            rows: Indices of its rows in the split.
+            labels_B: Their classes; unused for generation.
+            detail: What `LossModule` returns for each row.
+        """
+        if not self.classifies:
+            targets = self.split.target_counts[rows]
+            self._parts.append((rows, detail.cpu().numpy(), targets, np.zeros(len(rows))))
+            return
+        # LossModule returns the sum; the loss of each row comes from its logits.
+        losses = nn.functional.cross_entropy(detail, labels_B, reduction="none").cpu().numpy()
+        confidence_B, predicted_B = (t.cpu().numpy() for t in detail.softmax(dim=1).max(dim=1))
+        self._parts.append((rows, losses, predicted_B, confidence_B))
+
+    def build(self, ranks: Ranks) -> RowResults:
+        """Return the results of all rows, which all processes receive."""
+        loss_R, detail_R, confidence_R = _gather_in_row_order(self._parts, ranks)
+        loss_R = loss_R.astype(np.float64)
+        split = self.split
+        if not self.classifies:  # the examples of one row are evaluated together
+            return RowResults(split.sum_by_row(loss_R), split.sum_by_row(detail_R))
+        classified = Classified(np.asarray(split.targets), detail_R, confidence_R, self.labels)
+        return RowResults(loss_R, np.ones(len(loss_R), dtype=int), classified)
 
 
 def _run_forward_passes(
@@ -111,14 +184,12 @@ def _run_forward_passes(
 ) -> RowResults:
     """Return the losses of all rows and, for a classifier, its predictions.
 
-    For generation, the rows of the result are rows of the data: the losses and targets of
-    all examples of one conversation are added.
-
     Args:
         equal_passes: See `evaluate_rows`.
     """
     split = data.splits[split_name]
     classifies = not job.is_generative
+    collector = RowCollector(data, split_name, classifies=classifies)
     all_batches = list(
         iterate_evaluation_batches(
             split, np.arange(len(split)), job.train.per_device_eval_batch_size
@@ -126,7 +197,6 @@ def _run_forward_passes(
     )
     rank_batches = all_batches[ranks.rank :: ranks.world_size]
     has_one_less = len(rank_batches) < math.ceil(len(all_batches) / ranks.world_size)
-    parts: list[tuple[np.ndarray, ...]] = []
     # FSDP2 allocates its buffers in the very first pass. Buffers from inference mode cannot be
     # trained with.
     with torch.no_grad() if equal_passes else torch.inference_mode():
@@ -134,21 +204,7 @@ def _run_forward_passes(
             on_pass("evaluation")
             batch = make_batch(split, rows, data.pad_id, device, classifies=classifies)
             _, detail = module(batch)
-            if classifies:
-                # LossModule returns the sum; the loss of each row comes from its logits.
-                losses = (
-                    nn.functional.cross_entropy(detail, batch.labels, reduction="none")
-                    .cpu()
-                    .numpy()
-                )
-                confidence_B, predicted_B = (
-                    t.cpu().numpy() for t in detail.softmax(dim=1).max(dim=1)
-                )
-                parts.append((rows, losses, predicted_B, confidence_B))
-            else:
-                parts.append(
-                    (rows, detail.cpu().numpy(), split.target_counts[rows], np.zeros(len(rows)))
-                )
+            collector.add(rows, batch.labels, detail)
         # Every process calls on_pass equally often: TrialRun broadcasts in it whether to stop.
         if has_one_less:
             on_pass("evaluation")
@@ -156,13 +212,7 @@ def _run_forward_passes(
                 module(
                     make_batch(split, all_batches[0], data.pad_id, device, classifies=classifies)
                 )
-    loss_R, detail_R, confidence_R = _gather_in_row_order(parts, ranks)
-    loss_R = loss_R.astype(np.float64)
-    if not classifies:  # the examples of one row are evaluated together
-        return RowResults(split.sum_by_row(loss_R), split.sum_by_row(detail_R))
-    truth_R = np.asarray(split.targets)
-    classified = Classified(truth_R, detail_R, confidence_R, max(2, len(data.labels)))
-    return RowResults(loss_R, np.ones(len(loss_R), dtype=int), classified)
+    return collector.build(ranks)
 
 
 def _gather_in_row_order(parts: list[tuple[np.ndarray, ...]], ranks: Ranks) -> list[np.ndarray]:

@@ -376,9 +376,8 @@ def _save_adapter(
 ) -> None:
     """Write an adapter and its configuration in PEFT's format."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
-    config = copy.deepcopy(model.peft_config["default"])
+    config = copy_adapter_config(model)
     if initial:
         tensors = _to_plain_lora(tensors, initial)
         config.init_lora_weights = True
@@ -397,6 +396,36 @@ def _save_adapter(
         # The embeddings are never trained here; looking for them would ask the hub for the base's
         # config.
         state = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    write_adapter(job, config, state, folder)
+
+
+def copy_adapter_config(model: Any) -> PeftConfig:
+    """Return a copy of PEFT's configuration of a model's adapter."""
+    return copy.deepcopy(model.peft_config["default"])
+
+
+def save_lora_tensors(job: JobSpec, config: PeftConfig, tensors: Tensors, folder: Path) -> None:
+    """Write a LoRA adapter whose model does not exist any more, as `save_weights` does.
+
+    Args:
+        config: PEFT's configuration of the adapter (`copy_adapter_config`).
+        tensors: Trained values by the name of their parameter in the adapted model.
+    """
+    state = {
+        name.replace(".modules_to_save.default", "").replace(".default", ""): value
+        for name, value in tensors.items()
+    }
+    write_adapter(job, copy.deepcopy(config), state, folder)
+
+
+def write_adapter(job: JobSpec, config: PeftConfig, state: Tensors, folder: Path) -> None:
+    """Write an adapter's tensors, by the names of PEFT's file, and its configuration.
+
+    Args:
+        config: It is changed.
+    """
+    from safetensors.torch import save_file
+
     # Adapters saved under ZeRO-3 without gathering are empty files (DeepSpeed#3620), found only
     # when they are loaded.
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

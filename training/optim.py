@@ -8,11 +8,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lorafleet.jobs.schema.job import JobSpec, TrainSpec
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that the optimiser treats alike."""
+
+    names: tuple[str, ...]
+    weight_decay: float
+    rate_ratio: float
+    """Factor on the learning rate."""
+
+
+def group_parameters(dimensions: Mapping[str, int], job: JobSpec) -> list[ParameterGroup]:
+    """Return the optimiser's groups: weight decay on matrices only, and the rates of LoRA+.
+
+    Args:
+        dimensions: Name -> number of dimensions of a trained parameter.
+    """
+    ratio = job.lora.loraplus_lr_ratio if job.uses_lora and job.lora.loraplus_lr_ratio else 1.0
+    groups: dict[tuple[float, float], list[str]] = {}
+    for name, ndim in dimensions.items():
+        key = (
+            job.train.weight_decay if ndim > 1 else 0.0,
+            ratio if ".lora_B." in name else 1.0,
+        )
+        groups.setdefault(key, []).append(name)
+    return [
+        ParameterGroup(tuple(names), decay, factor) for (decay, factor), names in groups.items()
+    ]
 
 
 def build_optimizer(
@@ -27,22 +57,15 @@ def build_optimizer(
         trained: Parameters by name. The name tells a B matrix from others.
         learning_rate: Peak learning rate. `set_rate` changes it in each step.
     """
-    ratio = job.lora.loraplus_lr_ratio if job.uses_lora and job.lora.loraplus_lr_ratio else 1.0
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in trained.items():
-        key = (
-            job.train.weight_decay if parameter.ndim > 1 else 0.0,
-            ratio if ".lora_B." in name else 1.0,
-        )
-        groups.setdefault(key, []).append(parameter)
+    groups = group_parameters({name: parameter.ndim for name, parameter in trained.items()}, job)
     param_groups = [
         {
-            "params": parameters,
-            "weight_decay": decay,
-            "lr": learning_rate * factor,
-            "lr_ratio": factor,
+            "params": [trained[name] for name in group.names],
+            "weight_decay": group.weight_decay,
+            "lr": learning_rate * group.rate_ratio,
+            "lr_ratio": group.rate_ratio,
         }
-        for (decay, factor), parameters in groups.items()
+        for group in groups
     ]
     if job.train.optim == "adamw_torch":
         return torch.optim.AdamW(param_groups, lr=learning_rate, fused=True)

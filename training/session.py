@@ -42,6 +42,7 @@ from lorafleet.training.data import (
     make_padding_free_batch,
     split_micro_batches,
 )
+from lorafleet.training.dropout import RowDropout, RowKeys, compute_row_keys
 from lorafleet.training.evaluation import (
     OnPass,
     evaluate_rows,
@@ -108,8 +109,12 @@ class TrainingSession:
         if data.labels:
             name_classes(base.model, data.labels)
         self.model = attach(job, base)
+        self.row_keys = RowKeys()
+        self.dropout: RowDropout | None = None
         if job.train.torch_compile:
-            compile_blocks(self.model)
+            compile_blocks(self.model)  # its dropout is part of the compiled code
+        else:
+            self.dropout = RowDropout(self.model, self.row_keys)
         # transformers loads in eval mode and PEFT wraps in train mode. Without this call, the
         # base's own dropout would be off until the first evaluation, and on from then on, in this
         # trial and all later ones.
@@ -138,7 +143,8 @@ class TrainingSession:
             self._check_example_separation(data.splits["train"])
         self._sums = torch.zeros(2, device=base.device)  # loss and targets since reset_loss
         self.on_pass: OnPass = ignore_phase
-        # Dropout depends only on the trial and the process, not on what ran in this process before.
+        # For dropout that is not drawn by row: it depends only on the trial and the process, not on
+        # what ran in this process before.
         torch.manual_seed(job.train.seed + 1 + ranks.rank)
 
     @classmethod
@@ -170,12 +176,7 @@ class TrainingSession:
     @property
     def number_formats(self) -> str:
         """Number formats of weights and arithmetic, as text."""
-        arithmetic = (
-            None if self.autocast_dtype is None else str(self.autocast_dtype).removeprefix("torch.")
-        )
-        return describe_number_formats(
-            self.job, str(self.base.dtype).removeprefix("torch."), arithmetic
-        )
+        return describe_formats(self.job, self.base)
 
     @property
     def trainable_parameters(self) -> int:
@@ -222,6 +223,8 @@ class TrainingSession:
         )
         for number, chunk in enumerate(micro_batches, start=1):
             batch = self._make_batch(split, chunk)
+            keys = compute_row_keys(self.job.train.seed, self.step, chunk)
+            self.row_keys.set_rows(keys, self.base.device)
             with self.strategy.begin_micro_batch(last=number == len(micro_batches)):
                 loss_sum, _ = self.strategy.module(batch)
                 # Gradients are averaged over the processes. The factor turns the average back into
@@ -229,6 +232,7 @@ class TrainingSession:
                 self.strategy.backward(loss_sum * (self.ranks.world_size / targets))
             self._sums += torch.stack([loss_sum.detach(), loss_sum.new_tensor(batch.targets)])
             self.on_pass("training")
+        self.row_keys.clear()
         if self.first_gradient_at is None:
             self.first_gradient_at = time.time()
         factor = compute_rate_factor(self.step, self.schedule.total_steps, self.job.train)
@@ -324,28 +328,18 @@ class TrainingSession:
         if self.ranks.world_size > 1:
             distributed.all_reduce(sums)
         loss_sum, targets = sums.tolist()
-        if targets and not math.isfinite(loss_sum):
-            raise TrainingFailure(
-                "nan",
-                f"the loss became NaN or infinite by step {self.step} (learning rate "
-                f"{self.peak_rate:.3g}). Try a lower learning rate, a smaller train.max_grad_norm, "
-                "or bf16 instead of fp16",
-            )
-        last_step = self.step - 1 if self.step else 0
-        rate = self.peak_rate * compute_rate_factor(
-            last_step, self.schedule.total_steps, self.job.train
+        return build_report(
+            self.job,
+            self.schedule,
+            self.step,
+            self.peak_rate,
+            loss_sum,
+            targets,
+            self.meter,
+            rows=len(self.rows),
+            trainable_parameters=self.trainable_parameters,
+            number_formats=self.number_formats,
         )
-        return {
-            "step": self.step,
-            "samples": self.meter.samples,
-            "epoch": round(self.meter.samples / len(self.rows), 4),
-            "train_loss": loss_sum / targets if targets else None,
-            "learning_rate": rate,
-            "trainable_parameters": self.trainable_parameters,
-            "number_formats": self.number_formats,
-            **self.meter.summarize(),
-            **read_gpu_metrics(self.base.device),
-        }
 
     def evaluate(self, split_name: str = "validation") -> Scores:
         """Return metrics of the current adapter on one split, with intervals.
@@ -360,13 +354,6 @@ class TrainingSession:
         Of the metrics that need answers, only those that decide between trials are computed.
         """
         started_at = time.perf_counter()
-        # Compute only the metrics that decide between trials; the others wait for the held-out
-        # evaluation.
-        names = [
-            metric.name
-            for metric in self.job.decision_metrics
-            if metric.name in self.job.extra_metrics
-        ]
         results = evaluate_rows(
             self.strategy.loss,
             self.job,
@@ -374,7 +361,7 @@ class TrainingSession:
             split_name,
             self.base.device,
             self.ranks,
-            metrics=names,
+            metrics=list_answer_metrics(self.job),
             equal_passes=self.strategy.equal_passes,
             on_pass=self.on_pass,
         )
@@ -478,8 +465,70 @@ class TrainingSession:
         The session cannot be used afterwards. Also call it after a failure, or the base keeps
         the adapter.
         """
+        if self.dropout is not None:
+            self.dropout.remove()
         self.strategy.close()
         detach(self.base, self.model)
+
+
+def build_report(
+    job: JobSpec,
+    schedule: Schedule,
+    step: int,
+    peak_rate: float,
+    loss_sum: float,
+    targets: float,
+    meter: Meter,
+    *,
+    rows: int,
+    trainable_parameters: int,
+    number_formats: str,
+) -> dict[str, Any]:
+    """Return the mean loss, costs and metadata of a trial since its last report.
+
+    Args:
+        loss_sum: Loss since the last report, over all processes.
+        targets: Targets that it is the sum of.
+        rows: Rows of an epoch.
+
+    Raises:
+        TrainingFailure: The loss is NaN or infinite.
+    """
+    if targets and not math.isfinite(loss_sum):
+        raise TrainingFailure(
+            "nan",
+            f"the loss became NaN or infinite by step {step} (learning rate "
+            f"{peak_rate:.3g}). Try a lower learning rate, a smaller train.max_grad_norm, "
+            "or bf16 instead of fp16",
+        )
+    last_step = step - 1 if step else 0
+    rate = peak_rate * compute_rate_factor(last_step, schedule.total_steps, job.train)
+    return {
+        "step": step,
+        "samples": meter.samples,
+        "epoch": round(meter.samples / rows, 4),
+        "train_loss": loss_sum / targets if targets else None,
+        "learning_rate": rate,
+        "trainable_parameters": trainable_parameters,
+        "number_formats": number_formats,
+        **meter.summarize(),
+        **read_gpu_metrics(meter.device),
+    }
+
+
+def list_answer_metrics(job: JobSpec) -> list[str]:
+    """Return the metrics that an evaluation of a trial computes from its answers.
+
+    Only those that decide between trials; the others wait for the held-out evaluation.
+    """
+    return [metric.name for metric in job.decision_metrics if metric.name in job.extra_metrics]
+
+
+def describe_formats(job: JobSpec, base: Base) -> str:
+    """Return the number formats of a trial's weights and arithmetic, as text."""
+    dtype = resolve_autocast_dtype(job, base.device)
+    arithmetic = None if dtype is None else str(dtype).removeprefix("torch.")
+    return describe_number_formats(job, str(base.dtype).removeprefix("torch."), arithmetic)
 
 
 def _get_tokens(split: Split, example: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials.defaults import resolve_learning_rate
 
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 """Increased with every change to what training does with the same values; older ids then no
 longer match.
 """

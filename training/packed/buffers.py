@@ -13,16 +13,6 @@ import torch
 
 
 @dataclass(frozen=True)
-class TrainedKind:
-    """The properties of a tensor that the optimiser's settings depend on."""
-
-    is_lora_b: bool
-    """LoRA+ gives these a learning rate of their own."""
-    decays: bool
-    """Weight decay applies."""
-
-
-@dataclass(frozen=True)
 class TrainedShape:
     """One trained tensor of every slot."""
 
@@ -31,10 +21,10 @@ class TrainedShape:
     shape: tuple[int, ...]
     """Shape of a slot's part; matrices of an adapter are padded to the pack's largest rank."""
 
-    @property
-    def kind(self) -> TrainedKind:
-        """Return what the optimiser treats it as: weight decay applies to matrices only."""
-        return TrainedKind(is_lora_b=".lora_B." in self.name, decays=len(self.shape) > 1)
+
+def cut(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return the part of a padded tensor that has the true shape; it shares the memory."""
+    return value[tuple(slice(0, size) for size in shape)]
 
 
 class SlotBuffers:
@@ -87,14 +77,12 @@ class SlotBuffers:
         for name, value in tensors.items():
             target = self.view(self.values_KP, slot, name)
             target.zero_()
-            target[tuple(slice(0, size) for size in value.shape)] = value.to(self.device)
+            cut(target, value.shape).copy_(value)
 
     def read(self, slot: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """Return copies of the trained values of a slot, cut to their true shapes."""
         return {
-            name: self.view(self.values_KP, slot, name)[
-                tuple(slice(0, size) for size in shape)
-            ].clone()
+            name: cut(self.view(self.values_KP, slot, name), shape).clone()
             for name, shape in shapes.items()
         }
 

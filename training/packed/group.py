@@ -5,14 +5,16 @@ group.enter(0, job, schedule)
 while group.active:
     for slot in group.run_micro_batch():  # the slots that have completed a step
         ...
+group.close()
 """
 
 from __future__ import annotations
 
 import math
+import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs.errors import TrainingFailure, UserError
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials.defaults import resolve_learning_rate
+from lorafleet.jobs.trials.packing import find_packing_refusal
 from lorafleet.jobs.trials.schedule import Schedule
 from lorafleet.training.data import (
     Batch,
@@ -31,14 +34,22 @@ from lorafleet.training.data import (
     make_batch,
     split_micro_batches,
 )
+from lorafleet.training.dropout import RowDropout, RowKeys, compute_row_keys
 from lorafleet.training.evaluation import resolve_autocast_dtype
 from lorafleet.training.loss import LossModule
-from lorafleet.training.methods import attach, detach, get_trained_parameters
-from lorafleet.training.model import Base
+from lorafleet.training.meter import Meter
+from lorafleet.training.methods import (
+    attach,
+    copy_adapter_config,
+    detach,
+    get_trained_parameters,
+    uses_gradient_checkpointing,
+)
+from lorafleet.training.model import Base, name_classes
 from lorafleet.training.optim import compute_rate_factor
-from lorafleet.training.packed.adamw import SlotOptimizer, SlotRates
+from lorafleet.training.packed.adamw import SlotOptimizer
 from lorafleet.training.packed.buffers import SlotBuffers, TrainedShape
-from lorafleet.training.packed.layers import PackedLinear, PackedModule, RowMap, replace_modules
+from lorafleet.training.packed.layers import ModuleSwap, PackedLinear, PackedModule, RowMap
 
 _PEFT_PREFIX = "base_model.model."
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -47,101 +58,135 @@ _SAVED = ".modules_to_save.default."
 
 @dataclass
 class Slot:
-    """The trial of a slot, and where it is in its data."""
+    """The trial of a slot, and its position in its data."""
 
     job: JobSpec
     schedule: Schedule
+    data: TokenData
     plan: BatchPlan
     shapes: dict[str, tuple[int, ...]]
     """Names and true shapes of the trained tensors."""
+    adapter_config: Any
+    """PEFT's configuration of the adapter."""
     peak_rate: float
     optimizer: SlotOptimizer
+    meter: Meter
     step: int = 0
     """Optimizer steps so far."""
     micro_batches: list[np.ndarray] = field(default_factory=list)
     """Micro-batches of the current step that are left."""
+    last_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    """Rows of the micro-batch that was trained last."""
     step_targets: int = 1
     """Targets of all micro-batches of the current step."""
     loss_sum: float = 0.0
     targets: int = 0
     """Loss and targets since `reset_loss`."""
+    step_loss_sum: float = 0.0
+    """Loss of the current step."""
     failure: TrainingFailure | None = None
+    first_gradient_at: float | None = None
+
+    @property
+    def classifies(self) -> bool:
+        """Return whether the trial trains a classifier."""
+        return self.job.task == "classification"
 
     @property
     def is_done(self) -> bool:
         """Return whether the last step was taken, or the trial has failed."""
         return self.failure is not None or self.step >= self.schedule.total_steps
 
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of trained values, including the head's."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
     def reset_loss(self) -> None:
         """Start a new mean of the reported loss."""
         self.loss_sum, self.targets = 0.0, 0
 
+    def begin_step(self) -> None:
+        """Select the rows of the next step, or of the current one again from its start."""
+        rows = self.plan.select_rows(self.step)
+        split = self.data.splits["train"]
+        self.micro_batches = split_micro_batches(
+            rows, self.job.train.per_device_train_batch_size, 0, 1
+        )
+        self.step_targets = max(1, count_targets(split, rows, classifies=self.classifies))
+        self.step_loss_sum = 0.0
 
-def get_packing_refusal(job: JobSpec, model: nn.Module) -> str | None:
-    """Return why a trial cannot be packed, or None.
-
-    Args:
-        model: The base model.
-    """
-    lora = job.lora
-    if job.method not in ("lora", "qlora"):
-        return f"method {job.method} is trained alone"
-    if lora.use_dora or lora.has_modified_base:
-        return "DoRA, PiSSA and OLoRA are trained alone"
-    if job.resources.world_size > 1:
-        return "it has several processes"
-    if job.train.optim != "adamw_torch":
-        return f"train.optim is {job.train.optim}"
-    if job.train.mixed_precision == "fp16":
-        return "train.mixed_precision is fp16, whose loss scale would be shared"
-    if job.train.packing or job.uses_padding_free or job.train.torch_compile:
-        return "train.packing, train.padding_free and train.torch_compile are for trials alone"
-    if lora.lora_dropout or any(
-        module.p for module in model.modules() if isinstance(module, nn.Dropout)
-    ):
-        return "dropout is drawn for each trial alone"
-    return None
+    def complete_step(self) -> None:
+        """Count a step that was taken."""
+        rows = self.plan.select_rows(self.step)
+        split = self.data.splits["train"]
+        self.step += 1
+        self.meter.samples += len(rows)
+        self.meter.tokens += int(split.lengths[rows].sum())
 
 
 class PackedGroup:
     """Trials that share a base, and the micro-batches in which they are trained.
 
-    All of them have the same rows and the same `lora_target_modules`. A slot that becomes free
-    can be entered again at any time between two micro-batches.
+    All of them train the same layers (see `jobs.trials.packing.build_pack_key`). A slot that
+    becomes free can be entered again between any two micro-batches. The base must not be used
+    otherwise before `close`.
 
     Args:
-        base: A base that no session uses. The group leaves it as it was after each call.
+        base: A base that no session uses.
         slots: Number of slots.
         max_rank: Largest rank that a trial may have.
+        slots_per_pass: Maximum number of slots that share one forward pass; the others follow in
+            passes of their own. None: all of them.
     """
 
-    def __init__(self, base: Base, data: TokenData, slots: int, max_rank: int) -> None:
+    def __init__(
+        self,
+        base: Base,
+        data: TokenData,
+        slots: int,
+        max_rank: int,
+        slots_per_pass: int | None = None,
+    ) -> None:
         self.base, self.data = base, data
         self.capacity, self.max_rank = slots, max_rank
+        self.slots_per_pass = slots_per_pass or slots
         self.slots: dict[int, Slot] = {}
-        self.rows = RowMap()
-        self.scaling_K = torch.zeros(slots, device=base.device)
+        self.row_keys = RowKeys()
+        self.rows = RowMap(slots, base.device, self.row_keys)
         self.buffers: SlotBuffers | None = None
+        self.dropout = RowDropout(base.model, self.row_keys)
+        if data.labels:
+            name_classes(base.model, data.labels)
         self._modules: dict[str, nn.Module] = {}
-        # Rows of a buffer are never dense in the way that torch's autograd prefers.
-        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout")
+        self._swap: ModuleSwap | None = None
+        self._loss: LossModule | None = None
+        self._next_pass: list[int] = []
+        self.last_pass: list[int] = []
+        """Slots of the micro-batch that was trained last, or that failed."""
 
     @property
     def active(self) -> list[int]:
         """Return the slots whose trial is not done."""
         return [slot for slot, trial in sorted(self.slots.items()) if not trial.is_done]
 
+    @property
+    def free_slot(self) -> int | None:
+        """Return a slot without a trial, or None."""
+        return next((slot for slot in range(self.capacity) if slot not in self.slots), None)
+
     def enter(self, slot: int, job: JobSpec, schedule: Schedule) -> Slot:
         """Begin a trial in a slot. Its first values are those that it would have alone.
 
         Raises:
-            UserError: The trial cannot be packed, or not with the trials that are here.
+            UserError: The trial cannot be packed, or not with the trials of this group.
         """
-        refusal = get_packing_refusal(job, self.base.model)
+        refusal = find_packing_refusal(job)
         if refusal is None and job.lora.lora_r > self.max_rank:
             refusal = f"its rank {job.lora.lora_r} is above that of the pack, {self.max_rank}"
         if refusal is not None:
             raise UserError(f"the trial cannot be packed: {refusal}")
+        self._remove_modules()
         model = attach(job, self.base)
         try:
             tensors = {
@@ -150,33 +195,54 @@ class PackedGroup:
             }
             scaling = _read_scaling(model)
             heads = _list_saved_modules(model, tensors)
+            config = copy_adapter_config(model)
         finally:
             detach(self.base, model)
         if self.buffers is None:
-            self._build(tensors, heads)
+            self._build(job, tensors, heads)
         buffers = self.buffers
         assert buffers is not None
         if tensors.keys() != buffers.shapes.keys():
             raise UserError("the trial cannot be packed: it trains other layers than the pack")
         buffers.clear(slot)
         buffers.write(slot, tensors)
-        self.scaling_K[slot] = scaling
-        split = self.data.splits["train"]
+        self.rows.scaling[slot] = scaling
+        self.rows.lora_dropout[slot] = job.lora.lora_dropout
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         trial = Slot(
             job,
             schedule,
+            self.data,
             BatchPlan(
-                split.lengths,
+                self.data.splits["train"].lengths,
                 schedule.batch_rows,
                 job.train.seed,
                 grouped=job.train.group_by_length,
             ),
-            {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            shapes,
+            config,
             resolve_learning_rate(job).value,
-            SlotOptimizer(buffers, slot),
+            SlotOptimizer(buffers, slot, job, shapes),
+            Meter(self.base.device),
         )
         self.slots[slot] = trial
         return trial
+
+    def copy(self, slot: int, target: int) -> None:
+        """Begin the trial of a slot once more in another one: for measurements."""
+        trial, buffers = self.slots[slot], self.buffers
+        assert buffers is not None
+        buffers.clear(target)
+        buffers.write(target, buffers.read(slot, trial.shapes))
+        self.rows.scaling[target] = self.rows.scaling[slot]
+        self.rows.lora_dropout[target] = self.rows.lora_dropout[slot]
+        self.slots[target] = replace(
+            trial,
+            optimizer=SlotOptimizer(buffers, target, trial.job, trial.shapes),
+            meter=Meter(self.base.device),
+            step=0,
+            micro_batches=[],
+        )
 
     def leave(self, slot: int) -> None:
         """End the trial of a slot, and forget its values."""
@@ -184,12 +250,25 @@ class PackedGroup:
         if self.buffers is not None:
             self.buffers.clear(slot)
 
+    def close(self) -> None:
+        """End all trials, and leave the base as it was. May be called twice."""
+        self._remove_modules()
+        self.dropout.remove()
+        self.slots, self.buffers, self._modules, self._loss = {}, None, {}, None
+
     def get_tensors(self, slot: int) -> dict[str, torch.Tensor]:
         """Return copies of what a slot has trained, by the names of a single trial."""
         assert self.buffers is not None
         return self.buffers.read(slot, self.slots[slot].shapes)
 
-    def _build(self, tensors: dict[str, torch.Tensor], heads: dict[str, nn.Module]) -> None:
+    def set_tensors(self, slot: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set what a slot has trained."""
+        assert self.buffers is not None
+        self.buffers.write(slot, tensors)
+
+    def _build(
+        self, job: JobSpec, tensors: dict[str, torch.Tensor], heads: dict[str, nn.Module]
+    ) -> None:
         """Create the buffers and the layers for trials that train these tensors."""
         shapes = [
             TrainedShape(name, _pad_rank(name, tuple(tensor.shape), self.max_rank))
@@ -202,7 +281,7 @@ class PackedGroup:
                 path = name.removeprefix(_PEFT_PREFIX).removesuffix(_LORA_A)
                 lora_b = parameters[name.removesuffix(_LORA_A) + _LORA_B]
                 layer = self.base.model.get_submodule(path)
-                self._modules[path] = PackedLinear(layer, lora_a, lora_b, self.scaling_K, self.rows)
+                self._modules[path] = PackedLinear(layer, lora_a, lora_b, self.rows, path)
         for path, module in heads.items():
             prefix = f"{_PEFT_PREFIX}{path}{_SAVED}"
             stacked = {
@@ -211,91 +290,130 @@ class PackedGroup:
                 if name.startswith(prefix)
             }
             self._modules[path] = PackedModule(module, stacked, self.rows)
-
-    def run_micro_batch(self) -> list[int]:
-        """Train the next micro-batch of every trial that is not done.
-
-        Returns:
-            The slots that have completed a step, or have failed in it.
-        """
-        active = self.active
-        if not active:
-            return []
-        chunks = {slot: self._take_rows(self.slots[slot]) for slot in active}
-        self.rows.set_counts({slot: len(rows) for slot, rows in chunks.items()})
-        first = self.slots[active[0]].job
-        batch = make_batch(
-            self.data.splits["train"],
-            np.concatenate(list(chunks.values())),
-            self.data.pad_id,
-            self.base.device,
-            classifies=first.task == "classification",
-        )
-        self.base.model.train()
-        try:
-            with replace_modules(self.base.model, self._modules):
-                losses_N = self._compute_losses(first, batch)
-                self._backward(losses_N, active, chunks)
-        finally:
-            self.base.model.eval()
-        completed = [slot for slot in active if not self.slots[slot].micro_batches]
-        self._step(completed)
-        return completed
-
-    def _take_rows(self, trial: Slot) -> np.ndarray:
-        """Return the rows of a trial's next micro-batch."""
-        if not trial.micro_batches:
-            rows = trial.plan.select_rows(trial.step)
-            trial.micro_batches = split_micro_batches(
-                rows, trial.job.train.per_device_train_batch_size, 0, 1
-            )
-            classifies = trial.job.task == "classification"
-            split = self.data.splits["train"]
-            trial.step_targets = max(1, count_targets(split, rows, classifies=classifies))
-        return trial.micro_batches.pop(0)
-
-    def _compute_losses(self, job: JobSpec, batch: Batch) -> torch.Tensor:
-        """Return the summed loss of each row."""
-        module = LossModule(
+        self._loss = LossModule(
             self.base.model,
             job.task,
             chunked=job.train.chunked_loss,
             autocast=resolve_autocast_dtype(job, self.base.device),
         )
-        return module.compute_row_losses(batch)
 
-    def _backward(
-        self, losses_N: torch.Tensor, active: Iterable[int], chunks: dict[int, np.ndarray]
-    ) -> None:
-        """Add the gradients of each slot: its loss over the targets of its own whole step."""
-        weights, split = [], self.data.splits["train"]
+    def use_modules(self) -> LossModule:
+        """Put the adapters into the base until the next trial enters, and return its loss."""
+        assert self._loss is not None
+        if self._swap is None:
+            self._swap = ModuleSwap(self.base.model, self._modules)
+            job = next(iter(self.slots.values())).job
+            if job.train.gradient_checkpointing:
+                self.base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return self._loss
+
+    def _remove_modules(self) -> None:
+        """Take the adapters out of the base."""
+        if self._swap is not None:
+            self._swap.restore()
+            self._swap = None
+            if uses_gradient_checkpointing(self.base.model):
+                self.base.model.gradient_checkpointing_disable()
+            self.base.model.eval()
+
+    def run_micro_batch(self) -> list[int]:
+        """Train the next micro-batch of the trials that are not done.
+
+        With more of them than `slots_per_pass`, those of the next pass only.
+
+        Returns:
+            The slots that have completed a step, or have failed in it.
+        """
+        waiting = self.active
+        self._next_pass = [slot for slot in self._next_pass if slot in waiting] or waiting
+        active, self._next_pass = (
+            self._next_pass[: self.slots_per_pass],
+            self._next_pass[self.slots_per_pass :],
+        )
+        self.last_pass = active
+        if not active:
+            return []
+        started_at = time.perf_counter()
         for slot in active:
-            trial = self.slots[slot]
-            weights += [1.0 / trial.step_targets] * len(chunks[slot])
+            if not self.slots[slot].micro_batches:
+                self.slots[slot].begin_step()
+        chunks = {slot: self.slots[slot].micro_batches[0] for slot in active}
+        module = self.use_modules()
+        if not self.base.model.training:
+            self.base.model.train()
+        self._set_rows(chunks)
+        losses_N = module.compute_row_losses(self._make_batch(chunks))
+        self._backward(losses_N, chunks)
+        self.row_keys.clear()
+        for slot in active:
+            self.slots[slot].last_rows = self.slots[slot].micro_batches.pop(0)
+        completed = [slot for slot in active if not self.slots[slot].micro_batches]
+        self._step(completed)
+        self._share_time(time.perf_counter() - started_at, chunks)
+        return completed
+
+    def restart_steps(self) -> None:
+        """Forget the micro-batches of all steps that are not complete: they are trained again.
+
+        Call it after an error in `run_micro_batch`, which may have added a part of its gradients.
+        """
+        self.row_keys.clear()
+        self._next_pass = []
+        assert self.buffers is not None
+        for slot, trial in self.slots.items():
+            trial.micro_batches = []
+            self.buffers.gradients_KP[slot].zero_()
+
+    def _set_rows(self, chunks: Mapping[int, np.ndarray]) -> None:
+        """Tell the layers which slot, and which row of its data, each row of the batch is."""
+        self.rows.set_counts({slot: len(rows) for slot, rows in chunks.items()}, trains=True)
+        keys = [
+            compute_row_keys(self.slots[slot].job.train.seed, self.slots[slot].step, rows)
+            for slot, rows in chunks.items()
+        ]
+        self.row_keys.set_rows(np.concatenate(keys), self.base.device)
+
+    def _make_batch(self, chunks: Mapping[int, np.ndarray]) -> Batch:
+        """Return the rows of all slots; rows that all of them share are collated once."""
+        trials = [self.slots[slot] for slot in chunks]
+        rows = list(chunks.values())
+        split = trials[0].data.splits["train"]
+        is_shared = all(np.array_equal(rows[0], other) for other in rows[1:])
+        batch = make_batch(
+            split,
+            rows[0] if is_shared else np.concatenate(rows),
+            self.data.pad_id,
+            self.base.device,
+            classifies=trials[0].classifies,
+        )
+        return repeat_rows(batch, len(rows)) if is_shared else batch
+
+    def _backward(self, losses_N: torch.Tensor, chunks: Mapping[int, np.ndarray]) -> None:
+        """Add the gradients of each slot: its loss over the targets of its own whole step."""
+        weights = [
+            1.0 / self.slots[slot].step_targets for slot, rows in chunks.items() for _ in rows
+        ]
         weights_N = torch.tensor(weights, device=losses_N.device, dtype=losses_N.dtype)
-        (losses_N * weights_N).sum().backward()
-        sums = losses_N.detach()
+        with warnings.catch_warnings():
+            # Rows of a buffer are never dense in the way that torch's autograd prefers.
+            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient")
+            (losses_N * weights_N).sum().backward()
+        sums = losses_N.detach().cpu()
+        now = time.time()
         for part in self.rows.parts:
             trial = self.slots[part.slot]
-            trial.loss_sum += float(sums[part.start : part.stop].sum())
-            trial.targets += count_targets(
-                split, chunks[part.slot], classifies=trial.job.task == "classification"
-            )
+            trial.step_loss_sum += float(part.select(sums).sum())
+            trial.first_gradient_at = trial.first_gradient_at or now
 
-    def _step(self, completed: list[int]) -> None:
+    def _step(self, completed: Iterable[int]) -> None:
         """Update the slots whose step is complete; one that is not finite fails alone."""
         for slot in completed:
             trial = self.slots[slot]
-            train, lora = trial.job.train, trial.job.lora
-            factor = compute_rate_factor(trial.step, trial.schedule.total_steps, train)
-            rates = SlotRates(
-                trial.peak_rate * factor,
-                lora.loraplus_lr_ratio or 1.0,
-                train.weight_decay,
-                train.max_grad_norm,
-            )
-            if math.isfinite(trial.optimizer.step(rates)):
-                trial.step += 1
+            factor = compute_rate_factor(trial.step, trial.schedule.total_steps, trial.job.train)
+            if math.isfinite(trial.optimizer.step(trial.peak_rate * factor)):
+                trial.loss_sum += trial.step_loss_sum
+                trial.targets += trial.step_targets
+                trial.complete_step()
                 continue
             trial.failure = TrainingFailure(
                 "nan",
@@ -303,6 +421,69 @@ class PackedGroup:
                 f"{trial.peak_rate:.3g}). Try a lower learning rate, a smaller "
                 "train.max_grad_norm, or bf16 instead of fp16",
             )
+
+    def _share_time(self, seconds: float, chunks: Mapping[int, np.ndarray]) -> None:
+        """Count the time of a micro-batch for its trials, by their tokens."""
+        tokens = {
+            slot: int(self.slots[slot].data.splits["train"].lengths[rows].sum())
+            for slot, rows in chunks.items()
+        }
+        total = sum(tokens.values())
+        for slot, count in tokens.items():
+            self.slots[slot].meter.train_seconds += seconds * count / total
+
+
+def repeat_rows(batch: Batch, times: int) -> Batch:
+    """Return a padded batch with all of its rows several times, one copy after the other."""
+    if times == 1:
+        return batch
+    assert batch.mask_BT is not None
+    labels = batch.labels.repeat(times, *[1] * (batch.labels.ndim - 1))
+    return Batch(
+        batch.ids_BT.repeat(times, 1),
+        batch.mask_BT.repeat(times, 1),
+        labels,
+        times * batch.targets,
+    )
+
+
+def find_unreplaced_dropout(base: Base, data: TokenData, job: JobSpec) -> str | None:
+    """Return why trials on this base cannot be packed although the job allows it, or None.
+
+    A forward pass in training mode must not draw random numbers: what a model draws in functions
+    of its own would be shared by the trials of a pack.
+
+    Args:
+        base: A base that no session uses.
+    """
+    keys = RowKeys()
+    dropout = RowDropout(base.model, keys)
+    rows = np.arange(min(2, len(data.splits["train"])))
+    classifies = job.task == "classification"
+    batch = make_batch(data.splits["train"], rows, data.pad_id, base.device, classifies=classifies)
+    before = _read_random_state(base.device)
+    base.model.train()
+    try:
+        keys.set_rows(compute_row_keys(0, 0, rows), base.device)
+        module = LossModule(
+            base.model, job.task, chunked=False, autocast=resolve_autocast_dtype(job, base.device)
+        )
+        with torch.no_grad():
+            module.compute_row_losses(batch)
+    finally:
+        dropout.remove()
+        base.model.eval()
+    kind = type(base.model).__name__
+    if not torch.equal(before, _read_random_state(base.device)):
+        return f"{kind} has dropout of its own that trials of a pack would share"
+    if keys.saw_other_rows:
+        return f"{kind} mixes the rows of a batch before its dropout"
+    return None
+
+
+def _read_random_state(device: torch.device) -> torch.Tensor:
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return state.clone()
 
 
 def _pad_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -322,7 +503,9 @@ def _read_scaling(model: Any) -> float:
     return scaling
 
 
-def _list_saved_modules(model: Any, tensors: Iterable[str]) -> dict[str, nn.Module]:
+def _list_saved_modules(
+    model: Any, tensors: Sequence[str] | Mapping[str, Any]
+) -> dict[str, nn.Module]:
     """Return the modules that are trained whole, by their path in the base."""
     paths = {
         name.removeprefix(_PEFT_PREFIX).partition(_SAVED)[0] for name in tensors if _SAVED in name

@@ -2,13 +2,13 @@
 
 The rows of a micro-batch are ordered by slot. Rows of different trials are different rows of the
 batch, never parts of one row, so that attention cannot carry a NaN from one trial to another.
-Dimensions: N rows, T tokens, K slots, R rank, I and O sizes of a layer.
+Dimensions: N rows, T tokens, K slots, S slots that have rows, R rank, I and O sizes of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from lorafleet.training.dropout import DropRates, LayerMasks, RowKeys
+
 
 @dataclass(frozen=True)
 class SlotRows:
@@ -24,12 +26,12 @@ class SlotRows:
 
     slot: int
     start: int
-    stop: int
+    stop: int | None
+    """None for the end of the micro-batch, whatever its length."""
 
-    @property
-    def count(self) -> int:
-        """Return the number of rows."""
-        return self.stop - self.start
+    def select(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return these rows of a tensor; they share its memory."""
+        return rows[self.start : self.stop]
 
 
 class RowMap:
@@ -37,37 +39,75 @@ class RowMap:
 
     It must not change between a forward pass and its backward pass: a checkpointed layer is
     computed again there.
+
+    Args:
+        slots: Number of slots.
+        keys: Keys of the rows, for dropout.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int, device: torch.device, keys: RowKeys) -> None:
+        self.keys = keys
+        self.device = device
+        self.scaling: list[float] = [1.0] * slots
+        """Scaling of each slot's adapter."""
+        self.lora_dropout: list[float] = [0.0] * slots
+        """Dropout before each slot's adapter."""
         self.parts: tuple[SlotRows, ...] = ()
+        self.are_equal = True
+        """Whether all slots have the same number of rows."""
+        self.drop_rates: DropRates | None = None
+        """Dropout of each row; None if no row has any, or outside training."""
+        self.scaling_S = torch.zeros(0)
+        self._index: slice | torch.Tensor | None = None
 
-    def set_counts(self, counts: Mapping[int, int]) -> None:
-        """Set the number of rows of each slot, in the order in which they follow each other."""
+    def set_counts(self, counts: Mapping[int, int], *, trains: bool) -> None:
+        """Set the number of rows of each slot, in the order in which they follow each other.
+
+        Args:
+            trains: Dropout is on.
+        """
         parts, start = [], 0
         for slot, count in counts.items():
             parts.append(SlotRows(slot, start, start + count))
             start += count
-        self.parts = tuple(parts)
+        self._set(parts, are_equal=len(set(counts.values())) <= 1)
+        rates = [self.lora_dropout[slot] for slot, count in counts.items() for _ in range(count)]
+        has_dropout = trains and any(rates)
+        self.drop_rates = DropRates.build(rates, self.device) if has_dropout else None
 
-    @property
-    def are_equal(self) -> bool:
-        """Return whether all slots have the same number of rows."""
-        return len({part.count for part in self.parts}) <= 1
+    def set_single(self, slot: int) -> None:
+        """Let all rows of all following micro-batches belong to one slot, without dropout."""
+        self._set([SlotRows(slot, 0, None)], are_equal=True)
+        self.drop_rates = None
+
+    def _set(self, parts: Sequence[SlotRows], *, are_equal: bool) -> None:
+        slots = [part.slot for part in parts]
+        self.parts, self.are_equal = tuple(parts), are_equal
+        self.scaling_S = torch.tensor([self.scaling[slot] for slot in slots], device=self.device)
+        if slots == list(range(len(self.scaling))):
+            self._index = None
+        elif slots == list(range(slots[0], slots[-1] + 1)):
+            self._index = slice(slots[0], slots[-1] + 1)
+        else:
+            self._index = torch.tensor(slots, device=self.device)
+
+    def select_slots(self, values_K: torch.Tensor) -> torch.Tensor:
+        """Return the parts of the slots that have rows, in their order."""
+        return values_K if self._index is None else values_K[self._index]
 
 
 class PackedLinear(nn.Module):
     """A frozen matrix with one LoRA adapter for each slot.
 
     The result for a row is that of PEFT's layer with the row's adapter:
-    base(x) + scaling x B A x.
+    base(x) + scaling x B A dropout(x).
 
     Args:
         base_layer: The frozen layer: linear, transposed (GPT-2), or quantised.
         lora_a_KRI: First matrices; rows above a slot's rank are 0.
         lora_b_KOR: Second matrices; columns above a slot's rank are 0.
-        scaling_K: Scaling of each slot.
         rows: Slots of the rows.
+        path: Path of the layer in the base.
     """
 
     def __init__(
@@ -75,40 +115,43 @@ class PackedLinear(nn.Module):
         base_layer: nn.Module,
         lora_a_KRI: nn.Parameter,
         lora_b_KOR: nn.Parameter,
-        scaling_K: torch.Tensor,
         rows: RowMap,
+        path: str,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.lora_a_KRI, self.lora_b_KOR = lora_a_KRI, lora_b_KOR
-        self.scaling_K, self.rows = scaling_K, rows
+        self.rows = rows
+        # The path of PEFT's dropout layer: its masks are those of the trial alone.
+        self.masks = LayerMasks(rows.keys, f"{path}.lora_dropout.default")
 
     def forward(self, hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """Return the layer's result for rows N x ... x I."""
         output: torch.Tensor = self.base_layer(hidden, *arguments, **options)
         inputs = hidden.to(self.lora_a_KRI.dtype)
+        if self.rows.drop_rates is not None:
+            inputs = self.masks.drop_each(inputs, self.rows.drop_rates)
         delta = self._apply_equal(inputs) if self.rows.are_equal else self._apply_each(inputs)
         return output + delta.to(output.dtype)
 
     def _apply_equal(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the adapters' part where all slots have as many rows: two batched products."""
-        slots = [part.slot for part in self.rows.parts]
-        is_whole = slots == list(range(len(self.lora_a_KRI)))
-        lora_a = self.lora_a_KRI if is_whole else self.lora_a_KRI[slots]
-        lora_b = self.lora_b_KOR if is_whole else self.lora_b_KOR[slots]
-        grouped = inputs.reshape(len(slots), -1, inputs.shape[-1])
-        delta = torch.bmm(torch.bmm(grouped, lora_a.transpose(1, 2)), lora_b.transpose(1, 2))
-        delta = delta * self.scaling_K[slots].view(-1, 1, 1)
+        rows = self.rows
+        lora_a = rows.select_slots(self.lora_a_KRI)
+        lora_b = rows.select_slots(self.lora_b_KOR)
+        grouped = inputs.reshape(len(rows.parts), -1, inputs.shape[-1])
+        inner = torch.bmm(grouped, lora_a.transpose(1, 2))
+        delta = torch.bmm(inner, lora_b.transpose(1, 2))
+        delta = delta * rows.scaling_S.to(delta.dtype).view(-1, 1, 1)
         return delta.view(*inputs.shape[:-1], -1)
 
     def _apply_each(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the adapters' part for any numbers of rows, one slot after another."""
         deltas = []
         for part in self.rows.parts:
-            rows = inputs[part.start : part.stop]
-            inner = functional.linear(rows, self.lora_a_KRI[part.slot])
+            inner = functional.linear(part.select(inputs), self.lora_a_KRI[part.slot])
             delta = functional.linear(inner, self.lora_b_KOR[part.slot])
-            deltas.append(delta * self.scaling_K[part.slot])
+            deltas.append(delta * self.rows.scaling[part.slot])
         return torch.cat(deltas)
 
 
@@ -138,19 +181,31 @@ class PackedModule(nn.Module):
                 name: stacked[part.slot]
                 for name, stacked in zip(self.names, self.stacked, strict=True)
             }
-            rows = (hidden[part.start : part.stop], *arguments)
-            outputs.append(functional_call(self.module, values, rows, options))
+            # Its dropout sees the rows of this slot alone.
+            own_keys = (
+                nullcontext() if part.stop is None else self.rows.keys.select(part.start, part.stop)
+            )
+            with own_keys:
+                arguments_of_slot = (part.select(hidden), *arguments)
+                outputs.append(functional_call(self.module, values, arguments_of_slot, options))
         return torch.cat(outputs)
 
 
-@contextmanager
-def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put other modules in the place of a model's, by their path, and put them back at the end."""
-    originals = {path: model.get_submodule(path) for path in modules}
-    try:
+class ModuleSwap:
+    """Replaces modules of a model by others, by their path, until `restore`.
+
+    Args:
+        modules: Path -> the module that takes its place.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        self.model = model
+        self._originals = {path: model.get_submodule(path) for path in modules}
         for path, module in modules.items():
             model.set_submodule(path, module)
-        yield
-    finally:
-        for path, module in originals.items():
-            model.set_submodule(path, module)
+
+    def restore(self) -> None:
+        """Put the model's own modules back. May be called twice."""
+        for path, module in self._originals.items():
+            self.model.set_submodule(path, module)
+        self._originals = {}

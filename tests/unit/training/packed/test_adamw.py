@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from lorafleet.training.packed.adamw import SlotOptimizer, SlotRates
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.training.optim import build_optimizer
+from lorafleet.training.packed.adamw import SlotOptimizer
 from lorafleet.training.packed.buffers import SlotBuffers, TrainedShape
+from tests.conftest import JobMaker
+
+
+@dataclass(frozen=True)
+class SlotRates:
+    """Settings of a trial's optimiser."""
+
+    learning_rate: float
+    lora_b_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+
+    def make_job(self, make: JobMaker) -> JobSpec:
+        ratio = {} if self.lora_b_ratio == 1.0 else {"lora__loraplus_lr_ratio": self.lora_b_ratio}
+        return make(
+            train__weight_decay=self.weight_decay, train__max_grad_norm=self.max_grad_norm, **ratio
+        ).job
+
 
 SHAPES = [
     TrainedShape("layer.lora_A.default.weight", (4, 6)),
@@ -38,8 +59,8 @@ class Alone:
         groups = [
             {
                 "params": [self.parameters[shape.name]],
-                "weight_decay": rates.weight_decay if shape.kind.decays else 0.0,
-                "lr": rates.learning_rate * (rates.lora_b_ratio if shape.kind.is_lora_b else 1.0),
+                "weight_decay": rates.weight_decay if len(shape.shape) > 1 else 0.0,
+                "lr": rates.learning_rate * (rates.lora_b_ratio if "lora_B" in shape.name else 1.0),
             }
             for shape in SHAPES
         ]
@@ -58,23 +79,33 @@ def add_gradients(buffers: SlotBuffers, slot: int, gradients: dict[str, torch.Te
         buffers.gradients_KP[slot, buffers.ranges[name]] += value.flatten()
 
 
+TRUE_SHAPES = {shape.name: shape.shape for shape in SHAPES}
+
+
 def read(buffers: SlotBuffers, slot: int) -> dict[str, torch.Tensor]:
-    return buffers.read(slot, {shape.name: shape.shape for shape in SHAPES})
+    return buffers.read(slot, TRUE_SHAPES)
 
 
-def test_each_slot_is_trained_as_torch_would_alone() -> None:
+def make_optimizer(buffers: SlotBuffers, slot: int, job: JobSpec) -> SlotOptimizer:
+    return SlotOptimizer(buffers, slot, job, TRUE_SHAPES)
+
+
+def test_each_slot_is_trained_as_torch_would_alone(llama_job: JobMaker) -> None:
     """Other rates, another clipping, and another age: a slot pauses and a later one begins."""
     buffers = SlotBuffers(SHAPES, 3, torch.device("cpu"))
     alone = [Alone(draw(slot), rates) for slot, rates in enumerate(RATES)]
     for slot in range(3):
         buffers.write(slot, draw(slot))
-    optimizers = [SlotOptimizer(buffers, slot) for slot in range(3)]
+    optimizers = [
+        make_optimizer(buffers, slot, rates.make_job(llama_job)) for slot, rates in enumerate(RATES)
+    ]
     for step in range(60):
         stepping = [slot for slot in range(3) if step >= 10 * slot and (slot or step % 3)]
         for slot in stepping:
             gradients = draw(1000 * slot + step)
             add_gradients(buffers, slot, gradients)
-            assert optimizers[slot].step(RATES[slot]) == alone[slot].step(gradients)
+            rate = RATES[slot].learning_rate
+            assert optimizers[slot].step(rate) == alone[slot].step(gradients)
     assert not buffers.gradients_KP.any()
     for slot in range(3):
         for name, value in read(buffers, slot).items():
@@ -82,7 +113,9 @@ def test_each_slot_is_trained_as_torch_would_alone() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_costs_its_slot_alone(bad: float) -> None:
+def test_a_gradient_that_is_not_finite_costs_its_slot_alone(
+    llama_job: JobMaker, bad: float
+) -> None:
     buffers = SlotBuffers(SHAPES, 2, torch.device("cpu"))
     alone = Alone(draw(1), RATES[0])
     for slot in range(2):
@@ -92,7 +125,8 @@ def test_a_gradient_that_is_not_finite_costs_its_slot_alone(bad: float) -> None:
     buffers.gradients_KP[0, 3] = bad
     add_gradients(buffers, 1, draw(6))
     alone.step(draw(6))
-    norms = [SlotOptimizer(buffers, slot).step(RATES[0]) for slot in range(2)]
+    job, rate = RATES[0].make_job(llama_job), RATES[0].learning_rate
+    norms = [make_optimizer(buffers, slot, job).step(rate) for slot in range(2)]
     assert not math.isfinite(norms[0])
     for name, value in read(buffers, 0).items():
         assert torch.equal(value, before[name])
@@ -101,7 +135,7 @@ def test_a_gradient_that_is_not_finite_costs_its_slot_alone(bad: float) -> None:
     assert not buffers.gradients_KP.any()
 
 
-def test_padding_stays_zero_and_a_cleared_slot_remembers_nothing() -> None:
+def test_padding_stays_zero_and_a_cleared_slot_remembers_nothing(llama_job: JobMaker) -> None:
     buffers = SlotBuffers(SHAPES, 2, torch.device("cpu"))
     ranks = {"layer.lora_A.default.weight": (2, 6), "layer.lora_B.default.weight": (5, 2)}
     small = {
@@ -113,7 +147,7 @@ def test_padding_stays_zero_and_a_cleared_slot_remembers_nothing() -> None:
     assert int(buffers.values_KP[0].count_nonzero()) == 2 * 6 + 5 * 2
     assert not buffers.values_KP[1].any()
     add_gradients(buffers, 0, draw(3))
-    SlotOptimizer(buffers, 0).step(RATES[0])
+    make_optimizer(buffers, 0, RATES[0].make_job(llama_job)).step(RATES[0].learning_rate)
     buffers.clear(0)
     for rows in (buffers.values_KP, buffers.exp_avg_KP, buffers.exp_avg_sq_KP):
         assert not rows.any()
@@ -134,3 +168,52 @@ def test_a_parameter_shares_its_memory_with_the_rows() -> None:
     assert not buffers.gradients_KP[0].any()
     buffers.values_KP[1, columns] = 0.0
     assert not parameter[1].any()
+
+
+@pytest.mark.parametrize("rates", RATES)
+def test_a_trial_goes_on_alone_from_a_slot_and_back(llama_job: JobMaker, rates: SlotRates) -> None:
+    """The state of a slot is that of the optimiser of a trial alone, with the true rank."""
+    job = rates.make_job(llama_job)
+    ranks = TRUE_SHAPES | {
+        "layer.lora_A.default.weight": (2, 6),
+        "layer.lora_B.default.weight": (5, 2),
+    }
+    start = {name: draw(0)[name][tuple(map(slice, shape))] for name, shape in ranks.items()}
+
+    def draw_gradients(step: int) -> dict[str, torch.Tensor]:
+        return {name: draw(step)[name][tuple(map(slice, shape))] for name, shape in ranks.items()}
+
+    parameters = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
+    alone = build_optimizer(parameters, job, rates.learning_rate)
+
+    def step_alone(step: int) -> None:
+        for name, parameter in parameters.items():
+            parameter.grad = draw_gradients(step)[name].clone()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), rates.max_grad_norm)
+        alone.step()
+
+    def step_slot(optimizer: SlotOptimizer, step: int) -> None:
+        buffers = optimizer.buffers
+        for name, value in draw_gradients(step).items():
+            view = buffers.view(buffers.gradients_KP, optimizer.slot, name)
+            view[tuple(map(slice, value.shape))] += value
+        optimizer.step(rates.learning_rate)
+
+    for step in range(5):
+        step_alone(step)
+    buffers = SlotBuffers(SHAPES, 2, torch.device("cpu"))
+    buffers.write(1, {name: value.detach() for name, value in parameters.items()})
+    slot = SlotOptimizer(buffers, 1, job, ranks)
+    slot.load_state(alone.state_dict())
+    step_slot(slot, 5)
+    step_alone(5)
+    for name, value in buffers.read(1, ranks).items():
+        torch.testing.assert_close(value, parameters[name].detach(), rtol=1e-6, atol=1e-8)
+    alone.load_state_dict(slot.to_state())
+    with torch.no_grad():
+        for name, value in buffers.read(1, ranks).items():
+            parameters[name].copy_(value)
+    step_slot(slot, 6)
+    step_alone(6)
+    for name, value in buffers.read(1, ranks).items():
+        torch.testing.assert_close(value, parameters[name].detach(), rtol=1e-6, atol=1e-8)

@@ -6,18 +6,21 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials.packing import find_packing_refusal
 from lorafleet.jobs.trials.schedule import build_schedule
 from lorafleet.training.data import IGNORED, Batch, prepare_tokens
-from lorafleet.training.model import load_base
-from lorafleet.training.packed.group import PackedGroup, get_packing_refusal
+from lorafleet.training.model import Base, load_base
+from lorafleet.training.packed.group import PackedGroup
 from lorafleet.training.session import TrainingSession
 from tests.conftest import JobMaker
 
@@ -55,6 +58,8 @@ TRIALS: list[dict[str, Any]] = [
         "train__max_grad_norm": 0.1,
     },
 ]
+DROPOUTS = (0.1, 0.0, 0.4, 0.1)
+"""LoRA dropout of the trials, where it is on."""
 
 
 def make_jobs(make: JobMaker, trials: list[dict[str, Any]]) -> list[JobSpec]:
@@ -66,21 +71,39 @@ Losses = list[float]
 Result = tuple[Losses, dict[str, torch.Tensor]]
 
 
-def train_alone(job: JobSpec, shape: tuple[int, int] = (0, 0)) -> Result:
+def load(job: JobSpec, data: TokenData, dropout: float) -> Base:
+    """A base, whose own dropout is set to a value."""
+    base = load_base(job, len(data.labels), CPU)
+    for module in base.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    return base
+
+
+def train_alone(job: JobSpec, shape: tuple[int, int] = (0, 0), dropout: float = 0.0) -> Result:
     """Loss of each step, and the trained values at the end.
 
     Args:
         shape: Rows without loss, and columns of padding, that are added to each batch. They change
             nothing but rounding.
+        dropout: The base's own.
     """
     data = prepare_tokens(job)
-    base = load_base(job, len(data.labels), CPU)
+    base = load(job, data, dropout)
     schedule = build_schedule(job, data.count_training_rows(job), searching=False)
     session = TrainingSession.build(job, base, data, schedule)
     if any(shape):
         make_batch = session._make_batch
         session._make_batch = lambda split, rows: enlarge(  # type: ignore[method-assign]
             make_batch(split, rows), data.pad_id, shape
+        )
+        set_rows = session.row_keys.set_rows
+        session.row_keys.set_rows = (
+            lambda keys, device: set_rows(  # type: ignore[method-assign]
+                np.concatenate([keys, keys[:1].repeat(shape[0])]), device
+            )
         )
     losses = []
     while not session.is_done:
@@ -104,9 +127,15 @@ def enlarge(batch: Batch, pad_id: int, shape: tuple[int, int]) -> Batch:
     return replace(batch, ids_BT=ids, mask_BT=mask, labels=labels)
 
 
-def make_group(job: JobSpec, slots: int, rank: int = 16) -> PackedGroup:
+def make_group(
+    job: JobSpec,
+    slots: int,
+    rank: int = 16,
+    dropout: float = 0.0,
+    slots_per_pass: int | None = None,
+) -> PackedGroup:
     data = prepare_tokens(job)
-    return PackedGroup(load_base(job, len(data.labels), CPU), data, slots, rank)
+    return PackedGroup(load(job, data, dropout), data, slots, rank, slots_per_pass)
 
 
 def enter(group: PackedGroup, slot: int, job: JobSpec) -> None:
@@ -123,7 +152,9 @@ def train_packed(group: PackedGroup, jobs: dict[int, JobSpec]) -> dict[int, Resu
             trial = group.slots[slot]
             losses[slot].append(trial.loss_sum / trial.targets)
             trial.reset_loss()
-    return {slot: (losses[slot], group.get_tensors(slot)) for slot in jobs}
+    results = {slot: (losses[slot], group.get_tensors(slot)) for slot in jobs}
+    group.close()
+    return results
 
 
 def measure_gap(one: Result, other: Result) -> tuple[float, float]:
@@ -140,14 +171,14 @@ def measure_gap(one: Result, other: Result) -> tuple[float, float]:
     return losses, tensors
 
 
-def assert_same(packed: Result, job: JobSpec) -> None:
+def assert_same(packed: Result, job: JobSpec, dropout: float = 0.0) -> None:
     """Compare with the trial alone.
 
     A trial that rounding alone moves further (a high rate, a large alpha) may move three times as
     far: its own spread is measured with batches of other shapes.
     """
-    alone = train_alone(job)
-    spreads = [measure_gap(train_alone(job, shape), alone) for shape in OTHER_SHAPES]
+    alone = train_alone(job, dropout=dropout)
+    spreads = [measure_gap(train_alone(job, shape, dropout), alone) for shape in OTHER_SHAPES]
     spread = [max(values) for values in zip(*spreads, strict=True)]
     gap = measure_gap(packed, alone)
     assert gap[0] <= max(LOSS_TOLERANCE, 3 * spread[0]), (gap, spread)
@@ -163,6 +194,67 @@ def test_a_packed_trial_is_the_trial_alone(
     packed = train_packed(make_group(jobs[0], 4), dict(enumerate(jobs)))
     for slot, job in enumerate(jobs):
         assert_same(packed[slot], job)
+
+
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_dropout_of_a_packed_trial_is_that_of_the_trial_alone(
+    task: str, bert_job: JobMaker, llama_job: JobMaker
+) -> None:
+    """That of the adapters, which differs between the trials, and that of the base."""
+    trials = [
+        trial | {"lora__lora_dropout": dropout}
+        for trial, dropout in zip(TRIALS, DROPOUTS, strict=True)
+    ]
+    jobs = make_jobs(bert_job if task == "classification" else llama_job, trials)
+    packed = train_packed(make_group(jobs[0], 4, dropout=0.2), dict(enumerate(jobs)))
+    for slot, job in enumerate(jobs):
+        assert_same(packed[slot], job, dropout=0.2)
+    without = train_alone(jobs[1])
+    assert measure_gap(packed[1], without)[0] > 100 * LOSS_TOLERANCE
+
+
+@pytest.mark.parametrize("slots_per_pass", [1, 3])
+def test_passes_of_fewer_slots_train_the_same(llama_job: JobMaker, slots_per_pass: int) -> None:
+    jobs = make_jobs(llama_job, TRIALS)
+    group = make_group(jobs[0], 4, slots_per_pass=slots_per_pass)
+    packed = train_packed(group, dict(enumerate(jobs)))
+    for slot, job in enumerate(jobs):
+        assert_same(packed[slot], job)
+
+
+def test_an_error_in_a_micro_batch_costs_its_steps_alone(
+    llama_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it comes after a part of the gradients was added."""
+    jobs = make_jobs(llama_job, TRIALS)
+    group = make_group(jobs[0], 4)
+    backward = PackedGroup._backward
+    calls = 0
+
+    def fail(self: PackedGroup, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        backward(self, *arguments)
+        if calls in (3, 4, 11):
+            raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(PackedGroup, "_backward", fail)
+    for slot, job in enumerate(jobs):
+        enter(group, slot, job)
+    losses: dict[int, Losses] = {slot: [] for slot in range(4)}
+    while group.active:
+        try:
+            completed = group.run_micro_batch()
+        except torch.OutOfMemoryError:
+            group.restart_steps()
+            continue
+        for slot in completed:
+            trial = group.slots[slot]
+            losses[slot].append(trial.loss_sum / trial.targets)
+            trial.reset_loss()
+    assert calls > 11
+    for slot, job in enumerate(jobs):
+        assert_same((losses[slot], group.get_tensors(slot)), job)
 
 
 @pytest.mark.long
@@ -275,7 +367,6 @@ def test_random_packs(llama_job: JobMaker, trials: list[dict[str, Any]]) -> None
     [
         ({"method": "full"}, "method full is trained alone"),
         ({"lora__use_dora": True}, "DoRA, PiSSA and OLoRA are trained alone"),
-        ({"lora__lora_dropout": 0.1}, "dropout is drawn for each trial alone"),
         ({"train__optim": "adamw_8bit"}, "train.optim is adamw_8bit"),
         ({"resources__workers_per_node": 2}, "it has several processes"),
         ({"lora__lora_r": 64}, "its rank 64 is above that of the pack, 16"),
@@ -286,4 +377,4 @@ def test_what_is_not_packed(llama_job: JobMaker, values: dict[str, Any], reason:
     group = make_group(llama_job(lora__lora_dropout=0.0).job, 1)
     with pytest.raises(UserError, match=f"the trial cannot be packed: {reason}"):
         enter(group, 0, job)
-    assert get_packing_refusal(llama_job(lora__lora_dropout=0.0).job, group.base.model) is None
+    assert find_packing_refusal(llama_job(lora__lora_dropout=0.0).job) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +26,7 @@ from lorafleet.commands.common import (
 )
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.text import format_count
+from lorafleet.jobs.trials.packing import MIN_GAIN
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from lorafleet.cluster.backend import Backend, Cluster
     from lorafleet.jobs.loading.job_file import LoadedJob
     from lorafleet.jobs.runs.plan import Plan, PlannedTrial, TrainingRate
+    from lorafleet.jobs.sites.placement import Placement
 
 
 class PlanFormat(StrEnum):
@@ -434,10 +437,11 @@ def describe_plan(job_plan: Plan) -> list[str]:
         if job_plan.job.is_generative and job_plan.data
         else f"training rows   {rows}",
         f"one step        {_describe_steps(job_plan)}",
-        f"placement       {format_count(placement.slots, 'trial')} in parallel"
+        f"placement       {_describe_slots(placement)}"
         f"{_describe_tasks(job_plan)}, each {each}; "
         f"{format_count(placement.waves, 'wave')} if no trial is stopped early; limited by "
         f"{placement.limited_by}",
+        *_describe_packing(job_plan),
         f"strategy        {job_plan.strategy}",
         *([f"number format   {job_plan.number_formats}"] if job_plan.number_formats else []),
     ]
@@ -485,6 +489,40 @@ def describe_plan(job_plan: Plan) -> list[str]:
     lines += _describe_time(job_plan)
     lines += [
         f"{'unused' if number == 0 else '':<16}{line}" for number, line in enumerate(job_plan.waste)
+    ]
+    return lines
+
+
+def _describe_slots(placement: Placement) -> str:
+    """Return how many trials run in parallel."""
+    if placement.pack > 1:
+        return f"up to {format_count(placement.pack, 'trial')} at once in one process"
+    return f"{format_count(placement.slots, 'trial')} in parallel"
+
+
+def _describe_packing(job_plan: Plan) -> list[str]:
+    """Return lines on whether trials are packed, and why; none for anything but a sweep."""
+    packing = job_plan.packing
+    if packing is None:
+        return []
+    if packing.trials == 1:
+        return [f"packing         none: {packing.reason}"]
+    text = f"{format_count(packing.trials, 'trial')} share a base, {packing.reason}"
+    if packing.tokens is not None:
+        text += f"; a micro-batch of one has about {format_count(packing.tokens, 'token')}"
+    if packing.memory_gib is not None:
+        text += f"; about {packing.memory_gib:.1f} GiB together"
+    if packing.is_measured:
+        text += (
+            "; the run first measures how many trials a forward pass needs to be at full speed "
+            f"(at most {packing.trials}), and trains one at a time if that is not "
+            f"{MIN_GAIN - 1:.0%} faster"
+        )
+    lines = [f"packing         {text}"]
+    alone = Counter(trial.alone for trial in job_plan.trials if trial.alone)
+    lines += [
+        f"{'':<16}{format_count(count, 'trial')} trained alone: {reason}"
+        for reason, count in alone.items()
     ]
     return lines
 

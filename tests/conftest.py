@@ -196,6 +196,7 @@ data: {{train_file: "{opinion_files["train"]}", validation_file: "{opinion_files
        test_file: "{opinion_files["test"]}"}}
 lora: {{lora_r: 4, lora_alpha: "2*lora_r"}}
 train: {{per_device_train_batch_size: 8, learning_rate: 1e-2, max_steps: 8}}
+resources: {{pack: off}}  # trials together: tests/processes/test_packed.py
 {search}
 """
         return load_text(text, tmp_path / "job.yaml", as_overrides(overrides))
@@ -214,6 +215,7 @@ data: {{train_file: "{question_files["train"]}", validation_file: "{question_fil
        test_file: "{question_files["test"]}"}}
 lora: {{lora_r: 4}}
 train: {{per_device_train_batch_size: 4, learning_rate: 1e-2, max_steps: 6}}
+resources: {{pack: off}}
 {search}
 """
         return load_text(text, tmp_path / "job.yaml", as_overrides(overrides))

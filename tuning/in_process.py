@@ -14,6 +14,7 @@ from lorafleet.training.cpu import set_up_cpu
 from lorafleet.tuning.base_cache import BaseCache
 from lorafleet.tuning.failures import WorkerUnusable
 from lorafleet.tuning.held_out import MAX_TRIES, Evaluator, HeldOutEvaluation
+from lorafleet.tuning.pack_host import PackHost
 from lorafleet.tuning.recorder import Recorder
 from lorafleet.tuning.trial_host import TrialHost
 from lorafleet.tuning.trial_queue import NoTrial, TrialQueue, build_config
@@ -65,6 +66,51 @@ def _run_trial(
             raise RestartNeeded(error.failure.sentence) from error
         continues = recorder.record(trial, report)
         on_report()
+
+
+def run_packed_trials(
+    host: PackHost, queue: TrialQueue, recorder: Recorder, on_report: Callable[[], None]
+) -> None:
+    """Train the trials of a queue, several at once.
+
+    Args:
+        host: A host that has no trial.
+        queue: As many of its trials are open at a time as the host takes.
+        recorder: Receives every report.
+        on_report: Called after the reports of a step, which are at least every 15 seconds.
+
+    Raises:
+        RestartNeeded: This process must not train any longer.
+    """
+    members: dict[str, TrackedTrial] = {}
+    waiting: TrackedTrial | None = None
+    while True:
+        while True:
+            if waiting is None:
+                trial = queue.take()
+                waiting = None if isinstance(trial, NoTrial) else trial
+            if waiting is None:
+                break
+            config, alone = build_config(waiting), waiting.read_status().trains_alone
+            if not host.can_enter(config, alone=alone):
+                break
+            # Recorded before anything can fail: see `run_trials`.
+            recorder.ledger.start_trial(waiting)
+            host.enter(config, alone=alone)
+            members[waiting.id], waiting = waiting, None
+        if not members:
+            break
+        try:
+            reports = host.step()
+        except WorkerUnusable as error:
+            recorder.record_shared_crash(list(members.values()), error.failure)
+            raise RestartNeeded(error.failure.sentence) from error
+        for trial_id, report in reports:
+            if not recorder.record(members[trial_id], report):
+                host.leave(trial_id)
+                queue.complete(members.pop(trial_id))
+        on_report()
+    host.close()
 
 
 def evaluate_in_process(

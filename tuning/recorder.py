@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.records import FailureRecord
 from lorafleet.jobs.runs.run import TrialState
 from lorafleet.tuning.failures import DISK_FULL, classify_hang
@@ -76,15 +77,45 @@ class Recorder:
         else:
             self.ledger.record_failure(trial, failure)
 
+    def record_shared_crash(self, trials: list[TrackedTrial], failure: FailureRecord) -> None:
+        """Record that a process died that trained several trials.
+
+        Nobody knows which of them ended it. So it costs none of them a retry, and each is trained
+        alone from its checkpoint on: another crash is its own.
+
+        Args:
+            trials: The trials of the process; of one trial alone, the crash is its own.
+        """
+        if failure.failure_class == DISK_FULL or len(trials) == 1:
+            for trial in trials:
+                self.record_crash(trial, failure)
+            return
+        self.ledger.run.add_event(
+            NoteEvent(
+                sentence=f"a process that trained {len(trials)} trials together ended "
+                f"({failure.sentence}); they were continued one at a time"
+            )
+        )
+        for trial in trials:
+            reason = f"restarted after: {failure.sentence}"
+            trial.set_state(TrialState.PENDING, trains_alone=True, reason=reason)
+
 
 def record_lost_driver(recorder: Recorder, failure: FailureRecord | None) -> None:
-    """Record the failure of the trial that the previous driver trained when it died.
+    """Record the failure of the trials that the previous driver trained when it died.
 
     Args:
         failure: What ended the driver, as its supervisor saw it. None: the driver recorded it.
     """
-    for trial in list(recorder.ledger.trials.unended.values()):
-        if trial.state is TrialState.RUNNING:
-            crash = classify_hang(trial) or failure
-            if crash is not None:
-                recorder.record_crash(trial, crash)
+    running = [
+        trial
+        for trial in recorder.ledger.trials.unended.values()
+        if trial.state is TrialState.RUNNING
+    ]
+    if len(running) > 1 and failure is not None:
+        recorder.record_shared_crash(running, failure)
+        return
+    for trial in running:
+        crash = classify_hang(trial) or failure
+        if crash is not None:
+            recorder.record_crash(trial, crash)

@@ -17,7 +17,9 @@ from lorafleet.evaluation.render.write import write_report
 from lorafleet.jobs import files
 from lorafleet.jobs.data.rows import forget_rows
 from lorafleet.jobs.errors import DiskFull, ExitCode, RunError, make_disk_full_error
-from lorafleet.jobs.runs.events import SearchEvent
+from lorafleet.jobs.runs.events import NoteEvent, SearchEvent
+from lorafleet.jobs.runs.plan import PackingPlan
+from lorafleet.jobs.runs.records import PackRecord
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.types import Assignment
@@ -69,6 +71,7 @@ class Sweep(TrainingDriver):
         self.searching = self.plan.command == "sweep"
         self.share = self.plan.share
         self.judges = self.plan.judges and not self.share
+        self.packing = PackingPlan.model_validate(self.plan.packing) if self.plan.packing else None
         self.progress = ProgressBoard()
         self.trackers = contextlib.ExitStack()
         self.tracker: BackgroundTracker | None = None
@@ -77,17 +80,25 @@ class Sweep(TrainingDriver):
     def _run_attempt(self, attempt: int) -> ExitCode:
         # Closed when Ray has ended: nothing is kept waiting for W&B but this process.
         with self.trackers:
-            if self.trains_in_process:
-                self._run_in_process()
-            else:
+            if self.trains_in_process and not self._run_in_process():
+                # The trials are not packed after all, and several processes train them.
+                assert self.packing is not None
+                assert self.packing.unpacked is not None
+                self.placement = self.packing.unpacked
+            if not self.trains_in_process:
                 self._run_with_ray(attempt)
         # Raised only here, after Ray has stopped: the trials have saved what they could.
         if self.disk_full:
             raise DiskFull(self.disk_full)
         return self._finish()
 
-    def _run_in_process(self) -> None:
-        """Train and evaluate in this process."""
+    def _run_in_process(self) -> bool:
+        """Train and evaluate in this process, and return True.
+
+        Returns:
+            False if nothing was done, because trials that are not packed need processes of their
+            own.
+        """
         self._record_phase("reading data")
         self._prepare_process()
         data = self._read_data()
@@ -95,10 +106,32 @@ class Sweep(TrainingDriver):
         from lorafleet.tuning.trial_host import TrialHost
 
         host = TrialHost(self._build_work(data, LocalLink(self.progress, self.stop_request)))
+        pack, packing = None, self.packing
+        if packing is not None and self.placement.pack > 1 and not self.stop_file.exists():
+            from lorafleet.tuning.pack_size import choose_pack
+
+            self._record_phase("measuring how many trials fit together")
+            pack = choose_pack(
+                self.run, packing, self._list_known_jobs(), host, self.placement.cpus_per_worker
+            )
+            if pack.trials == 1 and not self._unpacked_fits_here:
+                return False
         if not self.stop_file.exists():
-            self._search_in_process(host, data)
+            self._search_in_process(host, data, pack)
         if not self.stop_file.exists() and self.judges:
             self._evaluate_in_process(data, host.bases)
+        return True
+
+    def _list_known_jobs(self) -> list[JobSpec]:
+        """Return the jobs of the trials that are known before the search."""
+        assignments = list_planned_assignments(self._searched_job, self._compute_trial_id)
+        return [search.build_trial_job(self._searched_job, each) for each in assignments]
+
+    @property
+    def _unpacked_fits_here(self) -> bool:
+        """Return whether this process trains the trials also if they are not packed."""
+        packing = self.packing
+        return packing is None or packing.unpacked is None or packing.unpacked.fits_one_process
 
     def _run_with_ray(self, attempt: int) -> None:
         """Train and evaluate in processes of Ray."""
@@ -169,12 +202,27 @@ class Sweep(TrainingDriver):
                 "their digests): restore the old ones, or start a new sweep"
             )
 
-    def _search_in_process(self, host: TrialHost, data: TokenData) -> None:
-        """Run the trials that are left in this process."""
-        from lorafleet.tuning.in_process import run_trials
+    def _search_in_process(self, host: TrialHost, data: TokenData, pack: PackRecord | None) -> None:
+        """Run the trials that are left in this process.
 
-        with self._open_search(data, max_open=1) as (queue, recorder):
-            run_trials(host, queue, recorder, lambda: self._tick(recorder.ledger))
+        Args:
+            pack: How many are trained at once; None: one at a time.
+        """
+        from lorafleet.tuning.in_process import run_packed_trials, run_trials
+        from lorafleet.tuning.pack_host import PackHost, PackSize
+
+        trials = pack.trials if pack is not None else 1
+        with self._open_search(data, max_open=trials) as (queue, recorder):
+
+            def tick() -> None:
+                self._tick(recorder.ledger)
+
+            if pack is None or trials == 1:
+                run_trials(host, queue, recorder, tick)
+                return
+            size = PackSize(trials, pack.trials_per_pass, pack.max_rank)
+            warn = lambda sentence: self.run.add_event(NoteEvent(sentence=sentence))  # noqa: E731
+            run_packed_trials(PackHost(host, size, warn), queue, recorder, tick)
 
     def _search_with_ray(self, attempt: int, data: TokenData) -> None:
         """Run the trials that are left through Ray Tune."""

@@ -31,17 +31,18 @@ from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.schedule import Schedule, build_schedule
 from lorafleet.training.checkpoint import find_newest_intact
 from lorafleet.training.model import Base, describe_missing_bfloat16
+from lorafleet.training.packed.session import PackedSession
 from lorafleet.training.session import TrainingSession
 from lorafleet.training.strategies import Ranks
 from lorafleet.training.watchdog import Watchdog
 from lorafleet.tuning.progress import ASK_SECONDS, DriverLink, make_progress
 from lorafleet.tuning.trial_report import TrialReport
 
-_HEARTBEAT_SECONDS = ASK_SECONDS
+HEARTBEAT_SECONDS = ASK_SECONDS
 """Seconds between two heartbeats, which tell the driver the progress of the trial."""
 _MAX_STEPS = 100
 """Maximum number of steps of a group between two heartbeats."""
-_NOTICE_SECONDS = 5.0
+NOTICE_SECONDS = 5.0
 """Seconds between two checks whether this node will be preempted."""
 _NODE_LEAVES = FailureRecord(
     failure_class="preempted", sentence="its node is being preempted; the trial was saved first"
@@ -88,7 +89,7 @@ def _to_row(values: dict[str, Any]) -> MetricsRow:
     return MetricsRow.model_validate(files.replace_non_finite(values))
 
 
-class _EvaluationAborted(Exception):
+class EvaluationAborted(Exception):
     """Raised to leave an evaluation when the run is asked to stop or the node is preempted."""
 
 
@@ -109,9 +110,16 @@ class TrialRun:
     Args:
         config: `trial_id` and `assignment` of the trial.
         data: Tokens of all rows.
+        watchdog: That of this process, if it trains several trials at once.
     """
 
-    def __init__(self, work: Work, config: dict[str, Any], data: TokenData) -> None:
+    def __init__(
+        self,
+        work: Work,
+        config: dict[str, Any],
+        data: TokenData,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self.work = work
         self.trial: Trial = work.attempt_run.get_trial(config["trial_id"])
         self.ranks = Ranks.from_environment()
@@ -124,7 +132,10 @@ class TrialRun:
         # The row of the last checkpoint, which the driver may not have received.
         self.unrecorded: dict[str, Any] | None = None
         self.warning: str | None = None
-        self.session: TrainingSession | None = None
+        self.session: TrainingSession | PackedSession | None = None
+        self.target = 0
+        """Step up to which the trial trains before its next report."""
+        self.began_at = time.monotonic()
         self.saved_at = time.monotonic()
         self.stopping = False
         # `due`: the checkpoint was written just before an evaluation. `leaving`: this node will be
@@ -137,7 +148,8 @@ class TrialRun:
         self.nodes = 1
         self.steps_a_beat = 1
         self.device = torch.device("cpu")
-        self.watchdog = Watchdog(
+        self._owns_watchdog = watchdog is None
+        self.watchdog = watchdog or Watchdog(
             self.trial.get_hang_file(self.ranks.rank), 60 * self.job.retries.hang_minutes
         )
         self.watchdog.reset(setting_up=True)
@@ -180,22 +192,27 @@ class TrialRun:
         Raises:
             UserError: The model does not support the job.
         """
+        session = TrainingSession.build(self.job, base, self.data, self.plan)
+        self.use(session, base)
+        return session
+
+    def use(self, session: TrainingSession | PackedSession, base: Base) -> None:
+        """Train with a session that is at step 0, and continue from the trial's checkpoint."""
         self.device = base.device
-        self.session = TrainingSession.build(self.job, base, self.data, self.plan)
-        self.session.on_pass = self._handle_pass
+        self.session = session
+        session.on_pass = self._handle_pass
         folder, damage_warning = self._find_checkpoint()
         # Once for a trial, not once for each of its processes' starts.
         format_warning = describe_missing_bfloat16(self.job, base.device) if not folder else None
         warnings = filter(None, (self.warning, format_warning, damage_warning))
         self.warning = "; ".join(warnings) or None
         if folder is not None:
-            extra = self.session.load(folder)
+            extra = session.load(folder)
             self.best, self.no_better = extra.get("best"), extra.get("no_better", 0)
             # The last report before a kill may not have reached the driver. Repeat it: the driver
             # drops duplicates.
             self.unrecorded, self.due = extra.get("row"), bool(extra.get("due"))
         self.watchdog.pause()
-        return self.session
 
     def _find_checkpoint(self) -> tuple[Path | None, str | None]:
         """Return the checkpoint to continue from, and a warning about a damaged one.
@@ -233,49 +250,77 @@ class TrialRun:
             TrainingFailure: The loss became NaN or infinite, or a single row does not fit into
                 memory.
         """
-        warning, self.warning = self.warning, None
         try:
-            report = self._advance_session()
-            warning = "; ".join(filter(None, (warning, self._describe_early_stop(report)))) or None
-            return report.model_copy(update={"warning": warning}) if warning else report
+            report = self.begin()
+            if report is not None:
+                return report
+            session = self.session
+            assert isinstance(session, TrainingSession)
+            return self.finish({} if self.due else self._train(session, self.target))
         finally:
             self.watchdog.pause()
 
-    def _advance_session(self) -> TrialReport:
-        """Train to the next evaluation or for some seconds, save, and return the report.
+    def begin(self) -> TrialReport | None:
+        """Set the step up to which the trial trains now.
 
-        The report has no warning yet.
+        Returns:
+            A report if there is one before anything is trained. Else None: `finish` follows when
+            `is_over` is true.
         """
         session = self.session
         assert session is not None
         self.watchdog.reset()
         if self.unrecorded is not None and not self.due:
             unrecorded, self.unrecorded = self.unrecorded, None
-            return TrialReport(row=_to_row(unrecorded), done=self._is_done(session))
+            return self._complete(TrialReport(row=_to_row(unrecorded), done=self._is_done(session)))
         if self._is_pruned():
-            return TrialReport(done=True)
-        if self.due:  # the checkpoint was written just before an evaluation, which comes first now
-            target, row = session.step, self.unrecorded or {}
-            self.unrecorded, self.due = None, False
-        else:
-            target = self.plan.find_next_evaluation(session.step)
-            row = self._train(session, target)
+            return self._complete(TrialReport(done=True))
+        # A checkpoint that was written just before an evaluation: the evaluation comes first now.
+        self.target = session.step if self.due else self.plan.find_next_evaluation(session.step)
+        self.began_at = time.monotonic()
+        session.reset_loss()
+        return None
+
+    @property
+    def must_evaluate(self) -> bool:
+        """Return whether `finish` evaluates the trial now."""
+        assert self.session is not None
+        # A stop must not wait for a long evaluation. It is repeated after the resume (`due`).
+        return self.session.step >= self.target and not self.stopping and not self.leaving
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether the training since `begin` must be reported now."""
+        assert self.session is not None
+        is_report_due = time.monotonic() - self.began_at > _REPORT_SECONDS
+        has_arrived = self.session.step >= self.target
+        return has_arrived or self.stopping or self.leaving or is_report_due
+
+    def finish(self, row: dict[str, Any]) -> TrialReport:
+        """Evaluate the trial if it has reached its target, save, and return the report.
+
+        Args:
+            row: The session's report of the training since `begin`; unused if `due`.
+        """
+        session = self.session
+        assert session is not None
+        if self.due:
+            row, self.unrecorded, self.due = self.unrecorded or {}, None, False
         # Checked before writing: the adapter on disk must stay the one that was evaluated.
         if self._is_pruned():
-            return TrialReport(done=True)
-        if session.step >= target and not self.stopping and not self.leaving:
-            # A stop must not wait for a long evaluation. It is repeated after the resume (`due`).
-            with contextlib.suppress(_EvaluationAborted):
+            return self._complete(TrialReport(done=True))
+        if self.must_evaluate:
+            with contextlib.suppress(EvaluationAborted):
                 row |= self._evaluate(session)
-        if self.leaving or (self.stopping and session.step >= target and not row.get("evaluated")):
-            due = session.step >= target
+        has_arrived = session.step >= self.target
+        if self.leaving or (self.stopping and has_arrived and not row.get("evaluated")):
             self.trial.check_current()
             session.save(
                 self.trial.checkpoint,
-                self._build_state() | {"row": row if due else None, "due": due},
+                self._build_state() | {"row": row if has_arrived else None, "due": has_arrived},
             )
             failure = _NODE_LEAVES if self.leaving else None
-            return TrialReport(stopping=self.stopping, failure=failure)
+            return self._complete(TrialReport(stopping=self.stopping, failure=failure))
         # Saved before the report is sent: a result that the driver knows must not be lost by a
         # kill.
         if (
@@ -292,17 +337,21 @@ class TrialRun:
         }
         if self.nodes > 1:
             row["nodes"] = self.nodes
-        return TrialReport(
-            row=_to_row(row),
-            done=self._is_done(session),
-            stopping=self.stopping,
+        return self._complete(
+            TrialReport(row=_to_row(row), done=self._is_done(session), stopping=self.stopping)
         )
+
+    def _complete(self, report: TrialReport) -> TrialReport:
+        """Return a report with the warnings that go with it."""
+        warning, self.warning = self.warning, None
+        warning = "; ".join(filter(None, (warning, self._describe_early_stop(report)))) or None
+        return report.model_copy(update={"warning": warning}) if warning else report
 
     def _build_state(self) -> dict[str, Any]:
         """Return the state that a checkpoint stores in addition to the session's."""
         return {"best": self.best, "no_better": self.no_better}
 
-    def _is_done(self, session: TrainingSession) -> bool:
+    def _is_done(self, session: TrainingSession | PackedSession) -> bool:
         """Return whether the last step was taken or the patience of early stopping is used up."""
         patience = self.job.train.early_stopping_patience
         return session.is_done or (patience is not None and self.no_better >= patience)
@@ -319,28 +368,35 @@ class TrialRun:
 
     def _train(self, session: TrainingSession, target: int) -> dict[str, Any]:
         """Train to the target step, the next report or a stop, with heartbeats in between."""
-        started_at = time.monotonic()
-        session.reset_loss()
         while True:
             slice_started_at = time.monotonic()
             if self.ranks.world_size == 1:
-                row = session.advance(target, seconds=_HEARTBEAT_SECONDS)
+                row = session.advance(target, seconds=HEARTBEAT_SECONDS)
             else:  # clocks differ between processes, so all must stop at the same step
                 row = session.advance(min(target, session.step + self.steps_a_beat))
-            if self.ranks.rank == 0 and self.work.link is not None:
-                progress = make_progress(_to_row(row), self.plan.total_steps)
-                self.work.link.send_progress(self.trial.id, progress)
+            if self.ranks.rank == 0:
+                self.send_progress(row)
             now = time.monotonic()
             # A group stops by steps, so their number follows the measured speed.
             fitting_steps = round(
-                self.steps_a_beat * _HEARTBEAT_SECONDS / max(now - slice_started_at, 1e-3)
+                self.steps_a_beat * HEARTBEAT_SECONDS / max(now - slice_started_at, 1e-3)
             )
             is_report_due, self.steps_a_beat = self._broadcast_ints(
-                now - started_at > _REPORT_SECONDS, min(max(1, fitting_steps), _MAX_STEPS)
+                now - self.began_at > _REPORT_SECONDS, min(max(1, fitting_steps), _MAX_STEPS)
             )
             self._check_for_stop()
             if session.step >= target or self.stopping or self.leaving or is_report_due:
                 return row
+
+    def send_progress(self, row: dict[str, Any]) -> None:
+        """Tell the driver how far the trial is.
+
+        Args:
+            row: The session's report.
+        """
+        if self.work.link is not None:
+            progress = make_progress(_to_row(row), self.plan.total_steps)
+            self.work.link.send_progress(self.trial.id, progress)
 
     def _check_for_stop(self) -> None:
         """Update whether the run is asked to stop and, less often, whether the node is
@@ -349,7 +405,7 @@ class TrialRun:
         now = time.monotonic()
         # Only the first process asks: its answer is everybody's.
         must_stop = self.ranks.rank == 0 and self.work.is_stop_requested()
-        stop, check_node = self._broadcast_ints(must_stop, now - self.looked_at > _NOTICE_SECONDS)
+        stop, check_node = self._broadcast_ints(must_stop, now - self.looked_at > NOTICE_SECONDS)
         self.stopping = bool(stop)
         if check_node:
             self.looked_at = now
@@ -358,13 +414,13 @@ class TrialRun:
     def _handle_pass(self, phase: str) -> None:
         """Reset the watchdog, and abort an evaluation if the run stops or the node is preempted.
 
-        Raises _EvaluationAborted in that case.
+        Raises EvaluationAborted in that case.
         """
         self.watchdog.reset()
         if phase == "evaluation":
             self._check_for_stop()
             if self.stopping or self.leaving:
-                raise _EvaluationAborted
+                raise EvaluationAborted
 
     def _is_pruned(self) -> bool:
         """Return whether a group was stopped while it continued to train.
@@ -388,13 +444,13 @@ class TrialRun:
         distributed.broadcast(tensor, src=0)
         return tensor.tolist()
 
-    def _evaluate(self, session: TrainingSession) -> dict[str, Any]:
+    def _evaluate(self, session: TrainingSession | PackedSession) -> dict[str, Any]:
         """Evaluate the adapter, save its weights if it is the best so far, and return the row.
 
         The results of the rows are saved with the best weights, for later paired comparisons.
 
         Raises:
-            _EvaluationAborted: The run is asked to stop, or the node is being preempted.
+            EvaluationAborted: The run is asked to stop, or the node is being preempted.
         """
         scores, results = session.evaluate_with_rows("validation")
         metric = self.job.metric
@@ -427,7 +483,8 @@ class TrialRun:
 
         May be called more than once, and after a failed `open`.
         """
-        self.watchdog.close()
+        if self._owns_watchdog:
+            self.watchdog.close()
         if self.session is not None:
             self.session.close()
             self.session = None

@@ -144,6 +144,8 @@ def _read_trial(
     rows = trial.read_metrics()
     if not rows or not rows[-1].samples:
         return None
+    if any(row.pack for row in rows):
+        return None  # its time and memory are those of a pack
     last, workers = rows[-1], int(placement["workers"])
     seconds = (last.train_seconds or 0.0) + (last.eval_seconds or 0.0)
     return EarlierTrial(

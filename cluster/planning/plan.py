@@ -24,6 +24,7 @@ from lorafleet.cluster.planning.memory import (
     estimate,
 )
 from lorafleet.cluster.planning.model_shape import Shape, parse_shape
+from lorafleet.cluster.planning.packing import build_packed_placement, plan_packing
 from lorafleet.cluster.planning.refusals import refuse_attention, refuse_environment, uses_gpu
 from lorafleet.cluster.planning.waste import describe_waste
 from lorafleet.evaluation.metrics.baselines import evaluate_majority_class
@@ -53,6 +54,7 @@ from lorafleet.jobs.trials import arms
 from lorafleet.jobs.trials import asha as rungs
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.defaults import resolve_learning_rate
+from lorafleet.jobs.trials.packing import find_packing_refusal
 from lorafleet.jobs.trials.schedule import Schedule, build_schedule
 from lorafleet.jobs.trials.trial_id import (
     METHOD_BLOCKS,
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
 _ASSUMED_ROWS = 1000
 _MAX_CLASSES = 10
 """Maximum number of classes whose rows a plan lists."""
+_MEAN_CHARACTERS_PER_TOKEN = 4.5
+"""Characters of an English token on average."""
 _CHARACTERS_PER_TOKEN = 3.0
 _HOST_GIB_PER_GPU_PROCESS = 3.0
 _BYTES_PER_LOADED_WEIGHT = 2
@@ -84,6 +88,8 @@ class _JobInputs:
     """
     longest: int
     """Tokens of the longest row; the maximum possible if the rows are not here."""
+    mean_tokens: float | None
+    """Tokens of a training row on average; None if the rows are not here."""
     train_examples: int | None
     """Sequences that one epoch trains on: the training rows, or more if a row becomes several
     examples.
@@ -159,7 +165,8 @@ def _plan_arms(loaded: LoadedJob, site: Site, earlier: Sequence[EarlierTrial]) -
         loaded_arm = dataclasses.replace(
             loaded, job=arms.build_search_job(job, name, samples), notes=()
         )
-        plans[name] = _build_plan(loaded_arm, site, "sweep", earlier)
+        # Times and memory of the arms are compared, so each trial is trained alone.
+        plans[name] = _build_plan(loaded_arm, site, "sweep", earlier, packs=False)
     training_plan = _build_plan(
         dataclasses.replace(loaded, job=job.model_copy(update={"compare": None})), site, "train"
     )
@@ -245,7 +252,12 @@ def _resolve_samples(job: JobSpec) -> tuple[int | None, list[str]]:
 
 
 def _build_plan(
-    loaded: LoadedJob, site: Site, command: str, earlier: Sequence[EarlierTrial] = ()
+    loaded: LoadedJob,
+    site: Site,
+    command: str,
+    earlier: Sequence[EarlierTrial] = (),
+    *,
+    packs: bool = True,
 ) -> Plan:
     is_search = command == "sweep" and loaded.job.search is not None
     job = loaded.job if is_search else loaded.job.model_copy(update={"search": None})
@@ -313,15 +325,23 @@ def _build_plan(
         cuda=cuda,
         cpus_per_worker=placement.cpus_per_worker,
     )
+    packing = None
+    if is_search and packs:
+        packing = plan_packing(
+            job, trials, total, site, placement, memory, _count_batch_tokens(job, inputs)
+        )
+    is_packed = packing is not None and packing.trials > 1
+    final = build_packed_placement(packing, total) if packing and is_packed else placement
     return Plan(
         job=job,
         command="sweep" if is_search else "train",
         trials=[
-            _build_planned_trial(*trial_parts, inputs)
+            _build_planned_trial(*trial_parts, inputs, is_packed=is_packed)
             for trial_parts in zip(trials, configurations, schedules, estimates, strict=True)
         ],
+        packing=packing,
         later_trials=total - len(configurations) + final_trainings,
-        placement=placement,
+        placement=final,
         batch_rows=schedules[0].batch_rows,
         accumulation_steps=job.train.compute_accumulation_steps(job.resources.world_size),
         train_rows=train_rows,
@@ -344,8 +364,8 @@ def _build_plan(
         ],
         waste=describe_waste(job, site, placement, total, memory),
         gpu_memory_gib=site.gpu_memory_gib if cuda else 0.0,
-        checkpoint_gb=_estimate_checkpoint_gb(trials, inputs, placement.slots, cuda=cuda),
-        strategy=_describe_strategy(placement, reason, is_local=isinstance(site, LocalSite)),
+        checkpoint_gb=_estimate_checkpoint_gb(trials, inputs, final.slots * final.pack, cuda=cuda),
+        strategy=_describe_strategy(final, reason, is_local=isinstance(site, LocalSite)),
         number_formats=describe_planned_formats(trials[0] if trials else job, cuda=cuda),
         notes=notes,
     )
@@ -396,6 +416,7 @@ def _load_inputs(job: JobSpec) -> _JobInputs:
             facts,
             _load_model_shape(job),
             longest,
+            float(tokens.splits["train"].lengths.mean()),
             examples,
             tuple(describe_tokens(tokens)),
             tuple(notes),
@@ -407,6 +428,7 @@ def _load_inputs(job: JobSpec) -> _JobInputs:
         facts,
         _load_model_shape(job),
         longest,
+        _guess_mean_tokens(rows, job.model.max_length) if rows else None,
         len(rows.train) if rows else None,
         lines,
         tuple(notes),
@@ -566,6 +588,8 @@ def _build_planned_trial(
     plan: Schedule,
     memory: MemoryEstimate | None,
     inputs: _JobInputs,
+    *,
+    is_packed: bool,
 ) -> PlannedTrial:
     fields = resolved.model_dump(
         mode="json", include={"method", "model", "train", *METHOD_BLOCKS[resolved.method]}
@@ -577,6 +601,7 @@ def _build_planned_trial(
         resolved=fields,
         steps=plan.total_steps,
         memory=memory,
+        alone=find_packing_refusal(resolved) if is_packed else None,
     )
 
 
@@ -671,6 +696,21 @@ def _guess_longest_tokens(rows: Rows) -> int:
     return 8 + round(max(_count_characters(row) for row in rows.train) / _CHARACTERS_PER_TOKEN)
 
 
+def _guess_mean_tokens(rows: Rows, longest: int) -> float:
+    """Return the tokens of a training row on average, guessed from its characters."""
+    total = sum(
+        min(longest, _count_characters(row) / _MEAN_CHARACTERS_PER_TOKEN) for row in rows.train
+    )
+    return total / max(1, len(rows.train))
+
+
+def _count_batch_tokens(job: JobSpec, inputs: _JobInputs) -> int | None:
+    """Return the tokens of a micro-batch, without padding; None if the rows are not here."""
+    if inputs.mean_tokens is None:
+        return None
+    return round(job.train.per_device_train_batch_size * inputs.mean_tokens)
+
+
 def _count_characters(row: Row) -> int:
     return len(row.text) + sum(len(message.content) for message in row.messages)
 
@@ -726,6 +766,8 @@ def choose_strategy(
 
 
 def _describe_strategy(placement: Placement, reason: str, *, is_local: bool) -> str:
+    if placement.pack > 1:
+        return "one process, the run's own, trains several trials at once, without Ray"
     if is_local and placement.fits_one_process:
         return "one process, the run's own, trains one trial after another, without Ray"
     if not placement.is_distributed:

@@ -107,6 +107,27 @@ class PlannedTrial(Spec):
     """Arm of the comparison that the trial belongs to."""
     memory: MemoryEstimate | None = None
     """Memory of one of its processes; None if the shape of the model is unknown on this machine."""
+    alone: str | None = None
+    """Reason why it is not trained together with others, in a run that packs trials."""
+
+
+class PackingPlan(Spec):
+    """Whether a sweep trains several trials at once in one process, on one base."""
+
+    trials: int = Field(1, ge=1)
+    """Maximum number of trials at once; 1: they are not packed."""
+    reason: str
+    """Why so many, or why they are not packed."""
+    is_measured: bool = False
+    """True if the run measures first whether packing is faster (`resources.pack: auto`)."""
+    max_rank: int = 1
+    """Largest rank of a trial."""
+    tokens: int | None = None
+    """Tokens of a micro-batch of one trial, without padding; None if the data is not here."""
+    memory_gib: float | None = None
+    """Expected memory of all of them, in GiB; None if the shape of the model is unknown."""
+    unpacked: Placement | None = None
+    """Placement of the trials if they are not packed in the end."""
 
 
 class Plan(Spec):
@@ -178,6 +199,8 @@ class Plan(Spec):
     """Placement of the trials of one array task, on its node; None without an array."""
     max_running_tasks: int = 0
     """Number of array tasks that run at once, as far as the site limits it; 0 without an array."""
+    packing: PackingPlan | None = None
+    """Packing of the trials; None for anything but a sweep."""
     share: list[int] = []
     """Trial range of an array task: number of its first trial, and one past its last."""
     placements: dict[str, Placement] = {}

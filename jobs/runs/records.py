@@ -52,6 +52,8 @@ class PlanRecord(Record):
     placement: dict[str, Any] = {}
     placements: dict[str, dict[str, Any]] = {}
     """Comparison: arm -> placement of its trials."""
+    packing: dict[str, Any] | None = None
+    """Packing of a sweep's trials."""
     rung_levels: list[int] = []
     """Rungs, in units of `time_attr`."""
     nodes: int = 1
@@ -156,6 +158,8 @@ class TrialStatus(Record):
     """Failure class -> restarts after it."""
     threads: int | None = None
     """CPU threads of each of its processes, from its first start on."""
+    trains_alone: bool = False
+    """True after a process died that trained it together with others: it is not packed again."""
     started: float | None = None
     updated: float | None = None
     ended: float | None = None
@@ -243,6 +247,10 @@ class MetricsRow(Record):
     trainable_parameters: int | None = None
     number_formats: str | None = None
     """Number formats of weights and computation, as text."""
+    pack: int | None = None
+    """Trials that its process trained at once, if they were several: times are then shares, and
+    the memory is that of all of them.
+    """
     nodes: int | None = None
     """Machines of the trial's processes, if there are several."""
     host: str | None = None
@@ -268,6 +276,25 @@ class MetricsRow(Record):
         """Return the named metrics that the row has, NaN and infinite ones as None."""
         fields = self.to_dict()
         return {name: self.get_metric(name) for name in names if name in fields}
+
+
+class PackRecord(Record):
+    """Contents of a run's pack.json: how many trials its driver trains at once, and why."""
+
+    trials: int = 1
+    """1: one at a time."""
+    trials_per_pass: int = 1
+    """Maximum number of trials that share a forward pass."""
+    max_rank: int = 1
+    """Largest rank of a trial that is packed."""
+    together: dict[str, float] = {}
+    """Number of trials in a forward pass -> tokens per second of all of them, as measured."""
+    alone: float | None = None
+    """Tokens per second of the trials that would otherwise be trained at once; None if that was not
+    measured.
+    """
+    sentence: str = ""
+    """The choice and its reason."""
 
 
 class SplitScores(Record):

@@ -33,6 +33,7 @@ from lorafleet.jobs.runs.records import (
     DamagedFile,
     HeldOutScores,
     MetricsRow,
+    PackRecord,
     PlanRecord,
     Progress,
     ProgressRecord,
@@ -383,6 +384,11 @@ class Run:
     def read_metadata(self) -> RunMetadata:
         """Return the run's metadata; empty before its driver has read the data."""
         return read_typed(self.path / "facts.json", RunMetadata)
+
+    def read_pack(self) -> PackRecord | None:
+        """Return how many trials the driver trains at once; None before that is chosen."""
+        path = self.path / "pack.json"
+        return read_typed(path, PackRecord) if path.is_file() else None
 
     def read_base_scores(self) -> HeldOutScores:
         """Return the evaluation of the untuned base model; empty before there is one."""

@@ -71,8 +71,8 @@ never ranked together.
 
 ROW_KEYS = frozenset(
     "attempt epoch eval_seconds evaluated first_gradient_at gpu_hours host intervals learning_rate "
-    "nodes number_formats peak_memory_gib rung samples samples_per_second schema_version step time "
-    "tokens tokens_per_second train_loss train_seconds trainable_parameters".split()
+    "nodes number_formats pack peak_memory_gib rung samples samples_per_second schema_version step "
+    "time tokens tokens_per_second train_loss train_seconds trainable_parameters".split()
 )
 """Keys of a line of metrics.jsonl that are not metrics."""
 

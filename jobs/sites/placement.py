@@ -108,6 +108,8 @@ class Placement(Spec):
     """Number of trials that run at the same time."""
     waves: int = Field(ge=1)
     """Number of rounds of trials if none stops early."""
+    pack: int = Field(1, ge=1)
+    """Maximum number of trials that a process trains at once, on one base."""
     limited_by: str
     """Resource or setting that limits the number of slots."""
 

@@ -1,0 +1,135 @@
+"""Plan how many trials a sweep trains at once in one process. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from lorafleet.jobs.runs.plan import MemoryEstimate, PackingPlan
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.sites.base import LocalSite, Site
+from lorafleet.jobs.sites.placement import Placement
+from lorafleet.jobs.text import format_count
+from lorafleet.jobs.trials.packing import (
+    MAX_AUTO_TRIALS,
+    describe_full_cpu,
+    find_max_rank,
+    find_packing_refusal,
+)
+
+_SHARED = ("base weights", "runtime")
+"""Components of a trial's memory that the trials of a pack share."""
+
+
+def plan_packing(
+    job: JobSpec,
+    trials: list[JobSpec],
+    total: int,
+    site: Site,
+    placement: Placement,
+    memory: MemoryEstimate | None,
+    tokens: int | None,
+) -> PackingPlan:
+    """Return how many trials of a search are trained at once in one process.
+
+    Args:
+        job: The job of the search.
+        trials: The jobs of the trials that are known in advance.
+        total: Number of trials.
+        placement: Placement of the trials if they are not packed.
+        memory: Estimate of the largest trial.
+        tokens: Tokens of a micro-batch of one trial, without padding; None if unknown.
+    """
+    pack = job.resources.pack
+    refusal = _find_refusal(job, trials, total, site, placement)
+    is_measured = pack == "auto"
+    if refusal is None and is_measured and not placement.gpus_per_worker:
+        refusal = describe_full_cpu(tokens)
+    if refusal is not None:
+        return PackingPlan(reason=refusal, tokens=tokens)
+    limits = {"trials": total, "resources.pack": MAX_AUTO_TRIALS if is_measured else int(pack)}
+    if job.search and job.search.max_concurrent_trials:
+        limits["search.max_concurrent_trials"] = job.search.max_concurrent_trials
+    available = _get_memory_gib(site, placement)
+    if memory is not None and available:
+        limits["memory"] = _count_fitting(memory, available)
+    limit = min(limits, key=lambda name: limits[name])
+    count = limits[limit]
+    if count < 2:
+        return PackingPlan(
+            reason=f"two trials at once do not fit: limited by {limit}", tokens=tokens
+        )
+    return PackingPlan(
+        trials=count,
+        reason=f"limited by {limit}",
+        is_measured=is_measured,
+        max_rank=max(find_max_rank(job), *(trial.lora.lora_r for trial in trials)),
+        tokens=tokens,
+        memory_gib=None if memory is None else round(compute_pack_gib(memory, count), 2),
+        unpacked=placement,
+    )
+
+
+def build_packed_placement(packing: PackingPlan, total: int) -> Placement:
+    """Return the placement of packed trials: one process with all cores that the others had.
+
+    Args:
+        packing: A plan with several trials at once.
+        total: Number of trials.
+    """
+    unpacked = packing.unpacked
+    assert unpacked is not None
+    return unpacked.model_copy(
+        update={
+            "slots": 1,
+            "cpus_per_worker": unpacked.slots * unpacked.cpus_per_worker,
+            "pack": packing.trials,
+            "waves": math.ceil(total / packing.trials),
+            "limited_by": packing.reason.removeprefix("limited by "),
+        }
+    )
+
+
+def _find_refusal(
+    job: JobSpec, trials: list[JobSpec], total: int, site: Site, placement: Placement
+) -> str | None:
+    """Return why the trials of a search are not packed, whatever their size, or None."""
+    if job.resources.pack in ("off", 1):
+        return f"resources.pack is {job.resources.pack}"
+    if total < 2:
+        return "there is only one trial"
+    refusals = [find_packing_refusal(trial) for trial in trials]
+    if all(refusals):
+        return refusals[0]
+    if not isinstance(site, LocalSite):
+        return "trials are packed in the driver's own process, which a cluster's jobs do not use"
+    if placement.gpus_per_worker and placement.slots > 1:
+        count = format_count(placement.slots, "GPU")
+        return f"the trials are spread over {count}, each of which trains one trial at a time"
+    return None
+
+
+def _get_memory_gib(site: Site, placement: Placement) -> float:
+    """Return the memory of the process that packs, in GiB; 0 if it is unknown."""
+    if placement.gpus_per_worker:
+        return site.gpu_memory_gib
+    return max((node.memory_gib for node in site.nodes), default=0.0)
+
+
+def compute_pack_gib(memory: MemoryEstimate, trials: int) -> float:
+    """Return the expected memory of a process that trains several trials at once, in GiB.
+
+    Weights and libraries are there once; adapters, optimiser states and activations are those of
+    all trials.
+
+    Args:
+        memory: Estimate of one trial.
+    """
+    shared = sum(memory.components.get(name, 0.0) for name in _SHARED)
+    return shared + trials * max(0.0, memory.required - shared)
+
+
+def _count_fitting(memory: MemoryEstimate, available_gib: float) -> int:
+    """Return how many trials at once fit into the memory of one process."""
+    one, two = compute_pack_gib(memory, 1), compute_pack_gib(memory, 2)
+    each = max(two - one, 1e-3)
+    return max(1, math.floor((available_gib - (one - each)) / each))

@@ -1,0 +1,96 @@
+"""Choose how many trials the driver trains at once, and record it for later attempts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafleet.evaluation.tokens import TokenData
+from lorafleet.jobs import files
+from lorafleet.jobs.runs.events import NoteEvent
+from lorafleet.jobs.runs.plan import PackingPlan
+from lorafleet.jobs.runs.records import PackRecord
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials.packing import (
+    choose_pack_size,
+    describe_full_cpu,
+    find_packing_refusal,
+)
+from lorafleet.jobs.trials.schedule import build_schedule
+from lorafleet.training.packed.group import find_unreplaced_dropout
+from lorafleet.training.packed.speeds import TrialSample, measure_alone, measure_together
+
+if TYPE_CHECKING:
+    from lorafleet.tuning.trial_host import TrialHost
+
+
+def choose_pack(
+    run: Run, packing: PackingPlan, jobs: list[JobSpec], host: TrialHost, threads: int
+) -> PackRecord:
+    """Return how many trials this process trains at once.
+
+    The first attempt measures it, and the others read its record: a trial is trained in the same
+    way over all attempts.
+
+    Args:
+        packing: What the plan allows.
+        jobs: Jobs of the trials that are known; at least one.
+        host: A host without a trial.
+        threads: CPU threads that the trials of a pack share.
+    """
+    record = run.read_pack()
+    if record is None:
+        record = _choose(packing, jobs, host, threads)
+        files.write_json(run.path / "pack.json", record.to_dict())
+        run.add_event(NoteEvent(sentence=_describe(record)))
+    return record
+
+
+def _describe(record: PackRecord) -> str:
+    """Return the note of the report."""
+    if record.trials == 1:
+        return f"trains {record.sentence}"
+    return (
+        f"trains {record.sentence}; the time of a trial is its share, and its memory that of all "
+        "trials together"
+    )
+
+
+def _choose(packing: PackingPlan, jobs: list[JobSpec], host: TrialHost, threads: int) -> PackRecord:
+    unpacked = packing.unpacked
+    assert unpacked is not None
+    job = next((job for job in jobs if find_packing_refusal(job) is None), jobs[0])
+    data = host.data.for_fold(job)
+    reason = find_packing_refusal(job)
+    if reason is None and packing.is_measured and not host.work.gpus:
+        reason = describe_full_cpu(_count_batch_tokens(job, data))
+    if reason is None:
+        base = host.bases.get(job, len(data.labels))
+        reason = find_unreplaced_dropout(base, data, job)
+    if reason is not None:
+        return PackRecord(sentence=f"one trial at a time: {reason}")
+    schedule = build_schedule(
+        job, host.data.count_training_rows(job), searching=host.work.searching
+    )
+    sample = TrialSample(base, data, job, schedule)
+    alone = None
+    if packing.is_measured:
+        # Processes beside each other are at most as fast as each of them alone.
+        alone = unpacked.slots * measure_alone(sample, unpacked.cpus_per_worker)
+    max_rank = max([packing.max_rank, *(job.lora.lora_r for job in jobs)])
+    together = measure_together(sample, packing.trials, max_rank, threads)
+    choice = choose_pack_size(together, alone, packing.trials)
+    return PackRecord(
+        trials=choice.trials,
+        trials_per_pass=choice.trials_per_pass,
+        max_rank=max_rank,
+        together={str(count): round(speed, 1) for count, speed in together.items()},
+        alone=None if alone is None else round(alone, 1),
+        sentence=choice.sentence,
+    )
+
+
+def _count_batch_tokens(job: JobSpec, data: TokenData) -> int:
+    """Return the tokens of a micro-batch, without padding."""
+    mean = float(data.splits["train"].lengths.mean())
+    return round(job.train.per_device_train_batch_size * mean)

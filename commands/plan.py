@@ -451,6 +451,7 @@ def describe_plan(job_plan: Plan) -> list[str]:
         lines.append(
             f"ASHA            rungs at {job_plan.rung_levels} {search.scheduler.time_attr} (steps "
             f"{job_plan.rung_steps}), the best 1/{search.scheduler.reduction_factor} are promoted"
+            f"{_MODES[search.scheduler.mode]}"
         )
         lines.append(
             f"cost            {job_plan.expected_samples:,} rows expected, "
@@ -491,6 +492,13 @@ def describe_plan(job_plan: Plan) -> list[str]:
         f"{'unused' if number == 0 else '':<16}{line}" for number, line in enumerate(job_plan.waste)
     ]
     return lines
+
+
+_MODES = {
+    "stop": "",
+    "promote": "; trials pause at a rung until they are among the best",
+    "synchronous": "; trials pause at a rung until all have arrived",
+}
 
 
 def _describe_slots(placement: Placement) -> str:

@@ -30,13 +30,21 @@ if TYPE_CHECKING:
 
 _FRESH_SECONDS = 10.0
 """A trial whose heartbeat is younger than this, in seconds, is training."""
-_MARKS = {"running": "▶", "finished": "✔", "stopped": "✂", "failed": "✘", "pending": "·"}
+_MARKS = {
+    "running": "▶",
+    "finished": "✔",
+    "stopped": "✂",
+    "failed": "✘",
+    "pending": "·",
+    "paused": "‖",
+}
 _STYLES = {
     "running": "cyan",
     "finished": "green",
     "stopped": "dim",
     "failed": "red",
     "pending": "dim",
+    "paused": "dim",
 }
 
 

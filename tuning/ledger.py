@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 from lorafleet.evaluation.report.recommend_trial import (
@@ -24,6 +25,7 @@ from lorafleet.evaluation.report.recommend_trial import (
 from lorafleet.evaluation.report.search import build_search_rule, load_fold_results, load_trial_rows
 from lorafleet.jobs.runs.events import (
     BaseLoadedEvent,
+    PauseEvent,
     RetryEvent,
     RungEvent,
     TrackingFailedEvent,
@@ -39,6 +41,16 @@ from lorafleet.jobs.trials.retries import get_retry_number
 from lorafleet.jobs.trials.sampling import remove_fold
 from lorafleet.tuning.results_journal import ResultsJournal
 from lorafleet.tuning.trial_table import TrackedTrial, TrialTable
+
+
+class Decision(Enum):
+    """What happens to a trial after a report."""
+
+    CONTINUE = "continue"
+    STOP = "stop"
+    """It is not among the best of its rung."""
+    PAUSE = "pause"
+    """It waits at its rung: others decide whether it goes on."""
 
 
 class Listener(Protocol):
@@ -107,6 +119,8 @@ class Ledger:
         self._actors: dict[str, int] = {}
         # Trials that have ended, best first.
         self._ranking: list[tuple[_RankKey, TrackedTrial]] = []
+        # Whether a trial has paused since it was last asked which may go on: hosts ask often.
+        self._has_news = True
         # Trials with results that wait to be written.
         self._unwritten: dict[str, TrackedTrial] = {}
         for trial in self.trials:
@@ -194,8 +208,8 @@ class Ledger:
         """Record a trial's warning, which the log and the report show."""
         self.run.add_event(WarningEvent(trial_id=trial.id, sentence=sentence))
 
-    def report(self, trial: TrackedTrial, row: MetricsRow) -> bool:
-        """Record the result of a trial and return whether the trial is promoted.
+    def report(self, trial: TrackedTrial, row: MetricsRow) -> Decision:
+        """Record the result of a trial and return what happens to the trial.
 
         A row that an earlier attempt recorded is not recorded again: a resumed trial repeats
         its last report, because it cannot know whether the driver received it.
@@ -204,7 +218,7 @@ class Ledger:
             row: A line for metrics.jsonl.
 
         Returns:
-            True if the trial continues. Always True between rungs.
+            The decision at the row's rung. Between rungs, trials continue.
         """
         if row.step > self.results[trial.id].last_step:
             trial.add_rows(row)
@@ -215,7 +229,7 @@ class Ledger:
             self._record_results(trial.id, row)
             self._notify(lambda listener: listener.on_row(trial, row))
         if row.rung is None:
-            return True
+            return Decision.CONTINUE
         return self.decide(trial, row.rung)
 
     def save_results(self) -> None:
@@ -241,8 +255,8 @@ class Ledger:
             del self._unwritten[trial.id]
         self.journal.clear()
 
-    def decide(self, trial: TrackedTrial, rung: int) -> bool:
-        """Return whether a trial is promoted past a rung that it has a score for.
+    def decide(self, trial: TrackedTrial, rung: int) -> Decision:
+        """Return what happens to a trial at a rung that it has a score for.
 
         A decision is final: it is recorded, and returned again by later calls. Trials that
         repeat the best configuration with another seed are never stopped.
@@ -252,16 +266,35 @@ class Ledger:
         """
         is_last = rung + 1 >= len(self.get_rung_levels(trial))
         if not self.uses_halving or is_last or trial.is_repeat:
-            return True
-        assert self.job.search is not None
+            return Decision.CONTINUE
         # Scores arrive later than decisions: computed again, the same question could have another
         # answer.
         decided = self._decisions.get((trial.id, rung))
-        if decided is not None:
-            return decided
-        scores, eta = self.rungs[rung], self.job.search.scheduler.reduction_factor
-        rung_score, cutoff = scores.scores[trial.id], scores.compute_cutoff(eta)
-        promoted = scores.is_promoted(trial.id, eta)
+        if decided is None and self.pauses:
+            return Decision.PAUSE
+        if decided is None:
+            promoted = self.rungs[rung].is_promoted(trial.id, self._eta)
+            decided = self._record_decision(trial, rung, goes_on=promoted)
+        return Decision.CONTINUE if decided else Decision.STOP
+
+    @property
+    def pauses(self) -> bool:
+        """Return whether trials pause at a rung instead of being decided on at once."""
+        return self.uses_halving and self._mode != "stop"
+
+    @property
+    def _mode(self) -> str:
+        return self.job.search.scheduler.mode if self.job.search else "stop"
+
+    @property
+    def _eta(self) -> int:
+        assert self.job.search is not None
+        return self.job.search.scheduler.reduction_factor
+
+    def _record_decision(self, trial: Trial, rung: int, *, goes_on: bool) -> bool:
+        """Record a decision with the scores that it was derived from, and return it."""
+        scores = self.rungs[rung]
+        rung_score, cutoff = scores.scores[trial.id], scores.compute_cutoff(self._eta)
         self.run.add_event(
             RungEvent(
                 trial_id=trial.id,
@@ -271,11 +304,121 @@ class Ledger:
                 scores=len(scores.scores),
                 cutoff=_to_score(cutoff[0], self.goal),
                 cutoff_loss=_to_score(cutoff[1], "minimize"),
-                goes_on=promoted,
+                goes_on=goes_on,
             )
         )
-        self._decisions[trial.id, rung] = promoted
+        self._decisions[trial.id, rung] = goes_on
+        return goes_on
+
+    def pause_trial(self, trial: TrackedTrial) -> None:
+        """Record that a trial waits at the last rung that it has reached."""
+        rung = self.results[trial.id].rung
+        assert rung is not None
+        score, loss = self.rungs[rung].scores[trial.id]
+        self.run.add_event(
+            PauseEvent(
+                trial_id=trial.id,
+                rung=rung,
+                score=_to_score(score, self.goal),
+                loss=_to_score(loss, "minimize"),
+            )
+        )
+        trial.set_state(TrialState.PAUSED, reason=f"paused at {self._describe_rung(trial)}")
+        self._has_news = True
+
+    def promote_paused(self) -> list[TrackedTrial]:
+        """Promote the best paused trial that may go on already, from the highest rung on.
+
+        Only with `mode: promote`. Source: Li et al. (see jobs/trials/asha.py), Algorithm 2.
+
+        Returns:
+            The trial, in a list, or an empty list.
+        """
+        if self._mode != "promote" or not self._has_news or not self._list_paused():
+            return []
+        promoted = self._promote_best(lambda arrived: arrived // self._eta)
+        self._has_news = bool(promoted)
         return promoted
+
+    def close_rungs(self, *, is_idle: bool) -> list[TrackedTrial]:
+        """Decide on paused trials when no new trial will begin, and return the promoted ones.
+
+        With `mode: synchronous`, a rung is decided when every trial that is left has reached it or
+        one above. With `mode: promote`, once no trial runs, the best of a rung goes on although too
+        few have arrived: one trial is trained to the end. Paused trials that cannot go on any more
+        are stopped.
+
+        Args:
+            is_idle: No trial runs or waits to run.
+        """
+        paused = self._list_paused()
+        if not paused:
+            return []
+        if self._mode == "synchronous":
+            lowest = min(self._get_rung(trial) for trial in self.trials.unended.values())
+            is_complete = all(
+                trial.state is TrialState.PAUSED
+                for trial in self.trials.unended.values()
+                if self._get_rung(trial) == lowest
+            )
+            return self._decide_cohort(lowest) if lowest >= 0 and is_complete else []
+        if not is_idle:
+            return []
+        promoted = self._promote_best(lambda arrived: max(1, arrived // self._eta))
+        if not promoted:
+            for trial in paused:
+                self._stop_paused(trial)
+        return promoted
+
+    def _list_paused(self) -> list[TrackedTrial]:
+        if not self.trials.counts[TrialState.PAUSED]:
+            return []
+        return [trial for trial in self.trials.unended.values() if trial.state is TrialState.PAUSED]
+
+    def _get_rung(self, trial: Trial) -> int:
+        """Return the last rung that a trial has reached; -1 if it has reached none."""
+        rung = self.results[trial.id].rung
+        return -1 if rung is None else rung
+
+    def _rank_rung(self, rung: int, count: int) -> list[str]:
+        index = {
+            name: self.trials.get(name).read_params().index for name in self.rungs[rung].scores
+        }
+        return self.rungs[rung].rank(index, count)
+
+    def _promote_best(self, count: Callable[[int], int]) -> list[TrackedTrial]:
+        """Promote the best paused trial of the highest rung at which one may go on.
+
+        Args:
+            count: Returns how many may go on of the number of trials that have arrived.
+        """
+        paused = {trial.id: trial for trial in self._list_paused()}
+        for rung in sorted(self.rungs, reverse=True):
+            for name in self._rank_rung(rung, count(len(self.rungs[rung].scores))):
+                if name in paused and self._get_rung(paused[name]) == rung:
+                    return [self._promote(paused[name])]
+        return []
+
+    def _decide_cohort(self, rung: int) -> list[TrackedTrial]:
+        """Promote the best of a rung that all have reached, and stop the others there."""
+        arrived = len(self.rungs[rung].scores)
+        best = set(self._rank_rung(rung, max(1, arrived // self._eta)))
+        cohort = [trial for trial in self._list_paused() if self._get_rung(trial) == rung]
+        promoted = [trial for trial in cohort if trial.id in best]
+        for trial in cohort:
+            if trial.id not in best:
+                self._stop_paused(trial)
+        return [self._promote(trial) for trial in promoted]
+
+    def _promote(self, trial: TrackedTrial) -> TrackedTrial:
+        self._record_decision(trial, self._get_rung(trial), goes_on=True)
+        reason = f"promoted at {self._describe_rung(trial)}"
+        trial.set_state(TrialState.PENDING, reason=reason)
+        return trial
+
+    def _stop_paused(self, trial: TrackedTrial) -> None:
+        self._record_decision(trial, self._get_rung(trial), goes_on=False)
+        self.end_trial(trial, TrialState.STOPPED, reason=self.describe_stop(trial))
 
     def get_rung_levels(self, trial: Trial) -> list[int]:
         """Return the rungs of a trial, in `time_attr` units."""
@@ -432,22 +575,30 @@ class Ledger:
         """Make the decisions that were due before a kill, so that no stopped trial continues.
 
         Call it once at the start of an attempt, before trials are handed out. All other
-        unfinished trials become pending.
+        unfinished trials become pending, or are paused.
         """
         self.delete_surplus_files()
         for trial in list(self.trials.unended.values()):
             reached = self.results[trial.id].rung
-            if reached is not None and not self.decide(trial, reached):
+            decision = Decision.CONTINUE if reached is None else self.decide(trial, reached)
+            if decision is Decision.STOP:
                 self.end_trial(trial, TrialState.STOPPED, reason=self.describe_stop(trial))
+            elif decision is Decision.PAUSE:
+                if trial.state is not TrialState.PAUSED:
+                    self.pause_trial(trial)
             elif trial.state is not TrialState.PENDING:
                 trial.set_state(TrialState.PENDING)
 
     def describe_stop(self, trial: Trial) -> str:
         """Return why a trial was stopped at a rung, as text."""
+        return f"stopped early: not among the best at {self._describe_rung(trial)}"
+
+    def _describe_rung(self, trial: Trial) -> str:
+        """Return the last rung that a trial has reached, as in "600 samples"."""
         rung = self.results[trial.id].rung
         level = self.get_rung_levels(trial)[rung] if rung is not None else "?"
         unit = self.job.search.scheduler.time_attr if self.job.search else "step"
-        return f"stopped early: not among the best at {level} {unit}"
+        return f"{level} {unit}"
 
 
 _DIRECT_TRIALS = 2

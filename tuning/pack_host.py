@@ -296,7 +296,7 @@ class PackHost:
             evaluate_together(sessions, "validation", self._handle_pass)
         except EvaluationAborted:
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - each trial's own evaluation meets it again
             _refuse_device_error(error)
             error.__traceback__ = None
             free_unused_memory(sessions[0].group.base.device)

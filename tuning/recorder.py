@@ -8,7 +8,7 @@ from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.records import FailureRecord
 from lorafleet.jobs.runs.run import TrialState
 from lorafleet.tuning.failures import DISK_FULL, classify_hang
-from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.ledger import Decision, Ledger
 from lorafleet.tuning.trial_report import TrialReport
 from lorafleet.tuning.trial_table import TrackedTrial
 
@@ -32,13 +32,14 @@ class Recorder:
         self.handle_full_disk = handle_full_disk
 
     def record(self, trial: TrackedTrial, report: TrialReport) -> bool:
-        """Record a report, end the trial if necessary, and return whether it continues.
+        """Record a report, end or pause the trial if necessary, and return whether it continues.
 
         A failure comes first, because such a report has no row. A trial that was stopped at a
         rung is ended even if the run is asked to stop: the decision is final.
         """
         ledger = self.ledger
-        if trial.state.has_ended:
+        # A group may report once more before it is ended.
+        if trial.state.has_ended or trial.state is TrialState.PAUSED:
             return False
         if report.disk_full is not None:
             self.handle_full_disk(report.disk_full)
@@ -53,17 +54,27 @@ class Recorder:
             return False
         if trial.state is not TrialState.RUNNING:
             ledger.start_trial(trial)
-        promoted = ledger.report(trial, report.row) if report.row is not None else True
-        if report.stopping and promoted and not report.done:
+        decision = Decision.CONTINUE
+        if report.row is not None:
+            decision = ledger.report(trial, report.row)
+        if report.stopping and decision is Decision.CONTINUE and not report.done:
             trial.set_state(TrialState.PENDING, reason="interrupted")
             return False
+        # `done` comes before the rung's decision: nothing is left to stop.
+        if report.done:
+            ledger.end_trial(trial, TrialState.FINISHED)
+            return False
+        return self._follow(trial, decision)
+
+    def _follow(self, trial: TrackedTrial, decision: Decision) -> bool:
+        """Stop or pause a trial if that was decided, and return whether it continues."""
+        ledger = self.ledger
         # After the row is recorded: what the trial has reached counts, whatever the budget says.
         spent_budget = self.describe_spent_budget()
-        if report.done:
-            # `done` comes before the rung's decision: nothing is left to stop.
-            ledger.end_trial(trial, TrialState.FINISHED)
-        elif not promoted:
+        if decision is Decision.STOP:
             ledger.end_trial(trial, TrialState.STOPPED, reason=ledger.describe_stop(trial))
+        elif decision is Decision.PAUSE:
+            ledger.pause_trial(trial)
         elif spent_budget:
             ledger.end_trial(trial, TrialState.STOPPED, reason=spent_budget)
         else:

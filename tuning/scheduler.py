@@ -67,7 +67,7 @@ class RungScheduler(FIFOScheduler):
             return TrialScheduler.STOP
         run_trial = self._get_run_trial(trial)
         report = TrialReport.from_result(result)
-        if run_trial.state.has_ended or report is None:
+        if _has_left(run_trial) or report is None:
             return TrialScheduler.STOP
         continues = self.recorder.record(run_trial, report)
         if self.ends_itself and report.ends_trial:
@@ -95,7 +95,7 @@ class RungScheduler(FIFOScheduler):
                 self.searcher.evaluations.lose(trial.config["evaluation"], _LOST_EVALUATION)
             return
         run_trial = self._get_run_trial(trial)
-        if run_trial.state.has_ended or trial.status == TuneTrial.ERROR:
+        if _has_left(run_trial) or trial.status == TuneTrial.ERROR:
             return  # Tune may call this twice, the second time with the status already changed
         failure = classify_crash(save_crash_output(run_trial, trial.error_file), run_trial)
         if failure.failure_class == "worker_lost" and self._is_run_ending():
@@ -121,6 +121,11 @@ class RungScheduler(FIFOScheduler):
     def _get_run_trial(self, trial: TuneTrial) -> TrackedTrial:
         """Return the run's trial for one of Tune's trials."""
         return self.recorder.ledger.trials.get(trial.config["trial_id"])
+
+
+def _has_left(trial: TrackedTrial) -> bool:
+    """Return whether a trial has ended or is paused, whatever its process still reports."""
+    return trial.state.has_ended or trial.state is TrialState.PAUSED
 
 
 def _has_waiting_task(tune_controller: Any) -> bool:

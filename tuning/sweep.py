@@ -349,6 +349,8 @@ class Sweep(TrainingDriver):
             )
         # Tune's stopper ends the search without a last report of the trials that still run.
         for trial in unfinished:
+            if trial.state is TrialState.PAUSED and spent_budget and not is_stopping:
+                ledger.end_trial(trial, TrialState.STOPPED, reason=spent_budget)
             if trial.state is not TrialState.RUNNING:
                 continue
             if spent_budget and not is_stopping:

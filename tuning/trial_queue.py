@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from lorafleet.jobs.runs.run import TrialState
 from lorafleet.jobs.schema.types import Assignment
 from lorafleet.tuning.ledger import Ledger
 from lorafleet.tuning.proposals import Proposals
@@ -74,7 +75,11 @@ class TrialQueue:
         self.ledger, self.proposals = ledger, proposals
         self.total, self.max_open = total, max_open
         self.create, self.should_stop, self.threads = create, should_stop, threads
-        self.unfinished = deque(ledger.trials.unended.values())
+        self.unfinished = deque(
+            trial
+            for trial in ledger.trials.unended.values()
+            if trial.state is not TrialState.PAUSED
+        )
         self.earlier_ids = {trial.id for trial in ledger.trials}
         # Trials of earlier attempts count towards the total.
         self.created = len(self.earlier_ids)
@@ -112,9 +117,24 @@ class TrialQueue:
         return threads
 
     def _find_next(self) -> TrackedTrial | None:
-        """Return the next trial, unfinished ones first; None if there is none now."""
+        """Return the next trial; None if there is none now.
+
+        Unfinished and promoted trials come before new ones.
+        """
+        self.unfinished.extend([] if self.unfinished else self.ledger.promote_paused())
         if self.unfinished:
             return self.unfinished.popleft()
+        trial = self._create_next()
+        if trial is not None:
+            return trial
+        self.unfinished.extend(self.ledger.close_rungs(is_idle=not self.open_trials))
+        if self.unfinished:
+            return self.unfinished.popleft()
+        # The last paused trials may have been stopped: the best configuration is known now.
+        return self._create_next()
+
+    def _create_next(self) -> TrackedTrial | None:
+        """Create the next new trial; None if there is none now."""
         while self.created < self.total:
             assignment = self.proposals.next()
             if assignment is None:
@@ -127,11 +147,14 @@ class TrialQueue:
         return None
 
     def complete(self, trial: TrackedTrial) -> None:
-        """Report the outcome to the proposals; a trial that waits for a restart is queued again."""
+        """Report the outcome to the proposals; a trial that waits for a restart is queued again.
+
+        A paused one is not: the ledger promotes it.
+        """
         del self.open_threads[trial.id]
         if trial.state.has_ended:
             report_outcome(self.proposals, self.ledger, trial)
-        else:
+        elif trial.state is not TrialState.PAUSED:
             self.unfinished.append(trial)
 
 

@@ -23,7 +23,7 @@ from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import TrainingFailure
 from lorafleet.jobs.runs.records import FailureRecord, MetricsRow
-from lorafleet.jobs.runs.run import Run, Trial
+from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.text import format_count
@@ -423,15 +423,17 @@ class TrialRun:
                 raise EvaluationAborted
 
     def _is_pruned(self) -> bool:
-        """Return whether a group was stopped while it continued to train.
+        """Return whether a group was stopped or paused while it continued to train.
 
         Its report and the ledger's decision can cross. Always False for a single process.
         """
         if self.ranks.world_size == 1:
             return False
         # The first process reads the file, which is newer than what the driver has sent.
-        has_ended = self.ranks.rank == 0 and self.trial.state.has_ended
-        return bool(self._broadcast_ints(has_ended)[0])
+        must_end = self.ranks.rank == 0 and (
+            self.trial.state.has_ended or self.trial.state is TrialState.PAUSED
+        )
+        return bool(self._broadcast_ints(must_end)[0])
 
     def _broadcast_ints(self, *values: int) -> list[int]:
         """Return the first process's values on all processes.

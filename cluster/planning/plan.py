@@ -577,9 +577,10 @@ def _estimate_cost(job: JobSpec, schedules: list[Schedule], total: int) -> tuple
         return worst, worst
     first = schedules[0]
     levels = [step * first.batch_rows for step in first.rung_steps]
-    return worst, min(
-        worst, round(rungs.estimate_time(total, levels, job.search.scheduler.reduction_factor))
-    )
+    eta = job.search.scheduler.reduction_factor
+    if job.search.scheduler.mode != "stop":
+        return worst, min(worst, rungs.estimate_promoted_time(total, levels, eta))
+    return worst, min(worst, round(rungs.estimate_time(total, levels, eta)))
 
 
 def _build_planned_trial(

@@ -186,7 +186,7 @@ def _compute_table_width(report: Report, shown: list[tuple[str, Cell]]) -> int:
 def _get_style(row: Row, report: Report) -> str:
     if row.trial_id == report.recommendation.trial_id:
         return "bold green"
-    return "red" if row.failure else "dim" if row.state in ("stopped", "pending") else ""
+    return "red" if row.failure else "dim" if row.state in ("stopped", "paused", "pending") else ""
 
 
 def render_trial(report: Report, row: Row) -> RenderableType:

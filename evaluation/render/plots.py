@@ -28,7 +28,14 @@ _DEFAULT_COSTS: tuple[Cost, ...] = ("inference_memory_gib", "latency_ms", "train
 """Costs that are always drawn, whatever cost the rule uses."""
 _MAX_COLOURS = 8
 """Most values of a field that can be told apart by colour."""
-_STATE_MARKS = {"finished": "o", "stopped": "x", "failed": "X", "running": ">", "pending": "."}
+_STATE_MARKS = {
+    "finished": "o",
+    "stopped": "x",
+    "failed": "X",
+    "running": ">",
+    "pending": ".",
+    "paused": ".",
+}
 _PALETTE = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666")
 """ColorBrewer's Dark2."""
 _GREY = "#9aa3ad"

@@ -143,7 +143,7 @@ def _rank_trials(rows: list[Row], rule: SearchRule) -> list[Row]:
     scored = [
         row
         for row in rows
-        if row.state in ("finished", "stopped", "running")
+        if row.state in ("finished", "stopped", "running", "paused")
         and row.fold is None
         and not row.repeats
         and row.metrics.get(rule.metric) is not None

@@ -596,7 +596,9 @@ def _compute_rank(row: Row, metric: str, goal: str) -> tuple[int, float]:
     score, the others by score. Ties keep the order in which the trials were created.
     """
     score = row.metrics.get(metric)
-    order = {"finished": 0, "running": 1, "stopped": 2, "pending": 3, "failed": 4}[row.state]
+    order = {"finished": 0, "running": 1, "stopped": 2, "paused": 3, "pending": 4, "failed": 5}[
+        row.state
+    ]
     if score is None:
         return (order, float("inf"))
     signed = -score if goal == "maximize" else score

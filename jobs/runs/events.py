@@ -114,6 +114,19 @@ class RungEvent(Event):
     """True if the trial was promoted."""
 
 
+class PauseEvent(Event):
+    """A trial pauses at a rung. A `RungEvent` follows when it is promoted or stopped."""
+
+    event: Literal["pause"] = "pause"
+    trial_id: str
+    rung: int
+    """Index of the rung, from 0."""
+    score: float | None = None
+    """The trial's metric there; None if it is NaN or infinite."""
+    loss: float | None = None
+    """The trial's validation loss there."""
+
+
 class RetryEvent(Event):
     """A trial failed and is queued to restart."""
 
@@ -166,6 +179,7 @@ _KINDS: dict[str, type[Event]] = {
         TrialEvent,
         BaseLoadedEvent,
         RungEvent,
+        PauseEvent,
         RetryEvent,
         WarningEvent,
         NoteEvent,

@@ -34,7 +34,7 @@ class Row(Spec):
     """Id of the trial (a hash of its configuration); `base` for the base model."""
     arm: str | None = None
     """Arm of a comparison that the trial belongs to."""
-    state: Literal["finished", "stopped", "failed", "running", "pending"]
+    state: Literal["finished", "stopped", "failed", "running", "paused", "pending"]
     """State of the trial."""
     rung: int | None = None
     """Last rung that the trial reached, from 0."""

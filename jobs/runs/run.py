@@ -93,11 +93,13 @@ _TRANSITIONS = {
 class TrialState(StrEnum):
     """State of a trial.
 
-    `stopped` was stopped by the search; `pending` has not started, or waits to be resumed.
+    `stopped` was stopped by the search; `pending` has not started, or waits to be resumed; `paused`
+    waits at a rung until it is among the best.
     """
 
     PENDING = "pending"
     RUNNING = "running"
+    PAUSED = "paused"
     FINISHED = "finished"
     STOPPED = "stopped"
     FAILED = "failed"

@@ -154,6 +154,13 @@ class SchedulerSpec(Spec):
 
     type: Literal["asha", "none"] = "asha"
     """`asha` stops the worse trials at each rung; `none` trains every trial to the end."""
+    mode: Literal["stop", "promote", "synchronous"] = "stop"
+    """How trials pass a rung. `stop`: a trial that arrives is compared with those that arrived
+    before, and goes on at once or is stopped. `promote`: it pauses, and goes on only while it is
+    among the best 1/reduction_factor of those that have arrived; no trial is trained further than
+    its rank deserves. `synchronous`: all trials pause, and the best go on when the last one has
+    arrived, so that the decisions do not depend on which of them was faster.
+    """
     time_attr: Literal["samples", "step", "epoch"] = "samples"
     """Unit of max_t and grace_period: training rows (`samples`, the same amount of work for every
     trial), optimiser steps or epochs.
@@ -166,6 +173,12 @@ class SchedulerSpec(Spec):
     """At each rung the best 1/reduction_factor of the trials continue; the next rung is
     reduction_factor times as far.
     """
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> SchedulerSpec:
+        if self.mode != "stop" and self.type == "none":
+            raise ValueError(f"mode is {self.mode}, but type none has no rungs; leave mode out")
+        return self
 
     @model_validator(mode="after")
     def _check_grace_period(self) -> SchedulerSpec:
@@ -224,6 +237,16 @@ class SearchSpec(Spec):
     """
     parameters: dict[str, Parameter] = Field(min_length=1)
     """Dotted field (`train.learning_rate`) -> its possible values."""
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> SearchSpec:
+        if self.scheduler.mode != "stop" and self.method == "tpe":
+            raise ValueError(
+                f"scheduler.mode is {self.scheduler.mode}, but method tpe needs the results of "
+                "trials that have ended, and paused trials have not; use method random, or mode "
+                "stop"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_seeds(self) -> SearchSpec:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lorafleet.jobs.schema.types import Goal
 
@@ -100,6 +100,17 @@ class Rung:
         score = self.scores[trial_id]
         return score[0] > -math.inf and score >= self.compute_cutoff(eta)
 
+    def rank(self, index: Mapping[str, int], count: int) -> list[str]:
+        """Return the best trials, at most `count`, best first. NaN scores are left out.
+
+        Args:
+            index: Trial id -> order of creation, in which equal scores are ranked: the result does
+                not depend on the order of arrival.
+        """
+        trials = [name for name, score in self.scores.items() if score[0] > -math.inf]
+        trials.sort(key=lambda name: (*(-part for part in self.scores[name]), index[name]))
+        return trials[:count]
+
 
 def estimate_survivors(arrivals: float, eta: int) -> float:
     """Return the expected number of trials that pass a rung.
@@ -112,6 +123,18 @@ def estimate_survivors(arrivals: float, eta: int) -> float:
     total = sum(max(1, i // eta) / i for i in range(1, complete_trials + 1))
     following = complete_trials + 1
     return total + (arrivals - complete_trials) * max(1, following // eta) / following
+
+
+def estimate_promoted_time(trials: int, levels: Sequence[int], eta: int) -> int:
+    """Return the training time of a search whose trials pause at rungs, in the unit of `levels`.
+
+    Exactly the best 1/eta pass a rung, and at least one trial.
+    """
+    total, arrivals, previous = 0, trials, 0
+    for level in levels:
+        total += arrivals * (level - previous)
+        arrivals, previous = max(1, arrivals // eta), level
+    return total
 
 
 def estimate_time(trials: int, levels: Sequence[int], eta: int) -> float:

@@ -11,7 +11,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.runs.events import RungEvent
 from lorafleet.jobs.runs.records import MetricsRow
 from lorafleet.jobs.runs.run import Run, TrialState
-from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.ledger import Decision, Ledger
 from tests.conftest import JobMaker
 
 SEARCH = """
@@ -38,7 +38,7 @@ def report(
     values: dict[str, Any] = {"step": step, "train_seconds": float(step), "rung": rung}
     if accuracy is not None:
         values |= {"evaluated": True, "accuracy": accuracy, "loss": 1.0}
-    return ledger.report(trial, MetricsRow.model_validate(values))
+    return ledger.report(trial, MetricsRow.model_validate(values)) is Decision.CONTINUE
 
 
 def end(ledger: Ledger, name: str, accuracy: float, state: TrialState) -> None:
@@ -155,8 +155,8 @@ def test_a_decision_is_made_once(ledger: Ledger) -> None:
     assert report(ledger, "c", 64, 0.6, rung=0)
     # Now 0.5 would not be enough any more, but the trial was told to go on.
     for attempt in (ledger, Ledger(ledger.run, ledger.job, searching=True)):
-        assert attempt.decide(attempt.trials.get("a"), 0)
-        assert not attempt.decide(attempt.trials.get("b"), 0)
+        assert attempt.decide(attempt.trials.get("a"), 0) is Decision.CONTINUE
+        assert attempt.decide(attempt.trials.get("b"), 0) is Decision.STOP
     assert len(ledger.run.read_events(RungEvent)) == 3
 
 

@@ -63,6 +63,18 @@ class SlotBuffers:
         parameter.grad = self.gradients_KP[:, columns].view(shape)
         return parameter
 
+    def make_slot_parameters(self, name: str) -> list[torch.nn.Parameter]:
+        """Return a tensor as one parameter for each slot, of the same memory.
+
+        The backward pass of one slot then writes to its own row alone.
+        """
+        parameters = []
+        for slot in range(self.slots):
+            parameter = torch.nn.Parameter(self.view(self.values_KP, slot, name))
+            parameter.grad = self.view(self.gradients_KP, slot, name)
+            parameters.append(parameter)
+        return parameters
+
     def clear(self, slot: int) -> None:
         """Forget everything about the trial of a slot."""
         for rows in (self.values_KP, self.gradients_KP, self.exp_avg_KP, self.exp_avg_sq_KP):

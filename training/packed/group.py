@@ -49,7 +49,13 @@ from lorafleet.training.model import Base, name_classes
 from lorafleet.training.optim import compute_rate_factor
 from lorafleet.training.packed.adamw import SlotOptimizer
 from lorafleet.training.packed.buffers import SlotBuffers, TrainedShape
-from lorafleet.training.packed.layers import ModuleSwap, PackedLinear, PackedModule, RowMap
+from lorafleet.training.packed.layers import (
+    ModuleSwap,
+    PackedLinear,
+    PackedModule,
+    RowMap,
+    SlotTensors,
+)
 
 _PEFT_PREFIX = "base_model.model."
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -275,7 +281,10 @@ class PackedGroup:
             for name, tensor in tensors.items()
         ]
         self.buffers = buffers = SlotBuffers(shapes, self.capacity, self.base.device)
-        parameters = {name: buffers.make_parameter(name) for name in tensors}
+        parameters = {
+            name: SlotTensors(buffers.make_parameter(name), buffers.make_slot_parameters(name))
+            for name in tensors
+        }
         for name, lora_a in parameters.items():
             if name.endswith(_LORA_A):
                 path = name.removeprefix(_PEFT_PREFIX).removesuffix(_LORA_A)

@@ -58,7 +58,8 @@ class RowMap:
         self.drop_rates: DropRates | None = None
         """Dropout of each row; None if no row has any, or outside training."""
         self.scaling_S = torch.zeros(0)
-        self._index: slice | torch.Tensor | None = None
+        self.is_whole = True
+        """Whether all slots have rows, in their order."""
 
     def set_counts(self, counts: Mapping[int, int], *, trains: bool) -> None:
         """Set the number of rows of each slot, in the order in which they follow each other.
@@ -84,16 +85,23 @@ class RowMap:
         slots = [part.slot for part in parts]
         self.parts, self.are_equal = tuple(parts), are_equal
         self.scaling_S = torch.tensor([self.scaling[slot] for slot in slots], device=self.device)
-        if slots == list(range(len(self.scaling))):
-            self._index = None
-        elif slots == list(range(slots[0], slots[-1] + 1)):
-            self._index = slice(slots[0], slots[-1] + 1)
-        else:
-            self._index = torch.tensor(slots, device=self.device)
+        self.is_whole = slots == list(range(len(self.scaling)))
 
-    def select_slots(self, values_K: torch.Tensor) -> torch.Tensor:
-        """Return the parts of the slots that have rows, in their order."""
-        return values_K if self._index is None else values_K[self._index]
+
+@dataclass(frozen=True)
+class SlotTensors:
+    """A trained tensor of all slots, together and of each slot: two views of one memory."""
+
+    stacked: nn.Parameter
+    """K x shape."""
+    slots: list[nn.Parameter]
+    """One of the shape for each slot."""
+
+    def stack(self, rows: RowMap) -> torch.Tensor:
+        """Return the tensors of the slots that have rows, in their order."""
+        if rows.is_whole:
+            return self.stacked
+        return torch.stack([self.slots[part.slot] for part in rows.parts])
 
 
 class PackedLinear(nn.Module):
@@ -104,8 +112,8 @@ class PackedLinear(nn.Module):
 
     Args:
         base_layer: The frozen layer: linear, transposed (GPT-2), or quantised.
-        lora_a_KRI: First matrices; rows above a slot's rank are 0.
-        lora_b_KOR: Second matrices; columns above a slot's rank are 0.
+        lora_a: First matrices, R x I; rows above a slot's rank are 0.
+        lora_b: Second matrices, O x R; columns above a slot's rank are 0.
         rows: Slots of the rows.
         path: Path of the layer in the base.
     """
@@ -113,14 +121,14 @@ class PackedLinear(nn.Module):
     def __init__(
         self,
         base_layer: nn.Module,
-        lora_a_KRI: nn.Parameter,
-        lora_b_KOR: nn.Parameter,
+        lora_a: SlotTensors,
+        lora_b: SlotTensors,
         rows: RowMap,
         path: str,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.lora_a_KRI, self.lora_b_KOR = lora_a_KRI, lora_b_KOR
+        self.lora_a, self.lora_b = lora_a, lora_b
         self.rows = rows
         # The path of PEFT's dropout layer: its masks are those of the trial alone.
         self.masks = LayerMasks(rows.keys, f"{path}.lora_dropout.default")
@@ -128,17 +136,17 @@ class PackedLinear(nn.Module):
     def forward(self, hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """Return the layer's result for rows N x ... x I."""
         output: torch.Tensor = self.base_layer(hidden, *arguments, **options)
-        inputs = hidden.to(self.lora_a_KRI.dtype)
+        inputs = hidden.to(self.lora_a.stacked.dtype)
         if self.rows.drop_rates is not None:
             inputs = self.masks.drop_each(inputs, self.rows.drop_rates)
-        delta = self._apply_equal(inputs) if self.rows.are_equal else self._apply_each(inputs)
+        is_batched = self.rows.are_equal and len(self.rows.parts) > 1
+        delta = self._apply_equal(inputs) if is_batched else self._apply_each(inputs)
         return output + delta.to(output.dtype)
 
     def _apply_equal(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the adapters' part where all slots have as many rows: two batched products."""
         rows = self.rows
-        lora_a = rows.select_slots(self.lora_a_KRI)
-        lora_b = rows.select_slots(self.lora_b_KOR)
+        lora_a, lora_b = self.lora_a.stack(rows), self.lora_b.stack(rows)
         grouped = inputs.reshape(len(rows.parts), -1, inputs.shape[-1])
         inner = torch.bmm(grouped, lora_a.transpose(1, 2))
         delta = torch.bmm(inner, lora_b.transpose(1, 2))
@@ -149,10 +157,10 @@ class PackedLinear(nn.Module):
         """Return the adapters' part for any numbers of rows, one slot after another."""
         deltas = []
         for part in self.rows.parts:
-            inner = functional.linear(part.select(inputs), self.lora_a_KRI[part.slot])
-            delta = functional.linear(inner, self.lora_b_KOR[part.slot])
+            inner = functional.linear(part.select(inputs), self.lora_a.slots[part.slot])
+            delta = functional.linear(inner, self.lora_b.slots[part.slot])
             deltas.append(delta * self.rows.scaling[part.slot])
-        return torch.cat(deltas)
+        return deltas[0] if len(deltas) == 1 else torch.cat(deltas)
 
 
 class PackedModule(nn.Module):
@@ -160,17 +168,16 @@ class PackedModule(nn.Module):
 
     Args:
         module: The module; its own values are not used.
-        parameters: Name in the module -> values of all slots, K x shape.
+        parameters: Name in the module -> values of the slots.
         rows: Slots of the rows.
     """
 
     def __init__(
-        self, module: nn.Module, parameters: Mapping[str, nn.Parameter], rows: RowMap
+        self, module: nn.Module, parameters: Mapping[str, SlotTensors], rows: RowMap
     ) -> None:
         super().__init__()
         self.module = module
-        self.names = list(parameters)
-        self.stacked = nn.ParameterList(parameters.values())
+        self.parameters_of_slots = dict(parameters)
         self.rows = rows
 
     def forward(self, hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -178,8 +185,7 @@ class PackedModule(nn.Module):
         outputs = []
         for part in self.rows.parts:
             values = {
-                name: stacked[part.slot]
-                for name, stacked in zip(self.names, self.stacked, strict=True)
+                name: tensors.slots[part.slot] for name, tensors in self.parameters_of_slots.items()
             }
             # Its dropout sees the rows of this slot alone.
             own_keys = (

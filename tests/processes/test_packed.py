@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 
 from lorafleet.jobs.errors import ExitCode
-from lorafleet.jobs.runs.events import RayEvent, RungEvent
+from lorafleet.jobs.runs.events import NoteEvent, RayEvent, RungEvent
 from lorafleet.jobs.runs.run import Run, TrialState
-from tests.conftest import JobMaker
-from tests.processes.conftest import base_loads, sweep
+from tests.conftest import JobMaker, lorafleet
+from tests.processes.conftest import (
+    base_loads,
+    begin,
+    kill_tree,
+    newest,
+    planted,
+    save,
+    sweep,
+    wait_for,
+)
 
 SEARCH = """
 search:
@@ -72,3 +81,82 @@ def test_a_packed_sweep_decides_as_one_trial_after_another(
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     assert alone.read_pack() is None
     assert_same_results(packed, alone)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, Run]:
+    """Kept between the tests of this module: the packed sweep to which nothing happened."""
+    return {}
+
+
+FAULTS = {
+    "out of memory": ("PackedGroup._backward", "oom", 9),
+    "a crash": ("PackedGroup._backward", "crash", 30),
+    "a GPU that fails": ("PackedGroup._backward", "device", 30),
+    "an error at a trial's begin": ("PackedGroup.enter", "oom", 8),
+}
+"""What goes wrong -> the function in whose call, how, and the number of the call.
+
+The first calls measure the speed of a pack.
+"""
+
+
+@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.long
+def test_what_happens_to_a_pack_changes_no_result(
+    what: str, bert_job: JobMaker, place: Path, undisturbed: dict[str, Run]
+) -> None:
+    loaded = bert_job(SEARCH, resources__pack=4)
+    if not undisturbed:
+        undisturbed["run"], done = sweep(loaded, place)
+        assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    function, act, call = FAULTS[what]
+    fault = planted(place, f"lorafleet.training.packed.group:{function}", act, call=call)
+    process = begin(loaded, place, **fault)
+    shown, _ = process.communicate(timeout=600)
+    assert process.returncode == ExitCode.OK, shown
+    run = newest(place)
+    assert (place / "it-happened").exists()
+    assert_same_results(run, undisturbed["run"])
+    notes = " ".join(note.sentence for note in run.read_events(NoteEvent))
+    retries = [trial.read_status().retries for trial in run.list_trials()]
+    if act == "oom":
+        assert "did not fit into memory together" in notes or {"oom": 1} in retries
+    else:
+        assert "they were continued one at a time" in notes
+        assert not any(retries)
+        assert any(trial.read_status().trains_alone for trial in run.list_trials())
+
+
+@pytest.mark.long
+def test_a_killed_pack_has_the_table_of_an_undisturbed_one(bert_job: JobMaker, place: Path) -> None:
+    loaded = bert_job(
+        SEARCH.replace("288", "1440"), resources__pack=4, train__checkpoint_minutes=0.01
+    )
+    expected, done = sweep(loaded, place)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    process = begin(loaded, place)
+    wait_for(lambda: len(list((place / "runs").iterdir())) == 2)
+    run = newest(place)
+    wait_for(lambda: sum(trial.state.has_ended for trial in run.list_trials()) >= 2)
+    kill_tree(process)
+    assert not all(trial.state.has_ended for trial in run.list_trials())
+    done = lorafleet("resume", run.id, cwd=place)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    assert_same_results(run, expected)
+    assert not any(trial.read_status().retries for trial in run.list_trials())
+
+
+def test_a_pack_that_gains_nothing_is_not_packed(bert_job: JobMaker, place: Path) -> None:
+    """A micro-batch that keeps a CPU busy alone: the plan says so, and Ray's processes train."""
+    loaded = bert_job(
+        SEARCH.replace("num_samples: 9", "num_samples: 2"),
+        resources__pack="auto",
+        train__per_device_train_batch_size=64,
+        search__scheduler__max_t=64,
+    )
+    planned = lorafleet(
+        "plan", save(loaded, place), *loaded.overrides, cwd=place, check=True
+    ).stdout
+    assert "packing         none: a micro-batch has about" in planned
+    assert "above 160 a CPU gains nothing" in " ".join(planned.split())

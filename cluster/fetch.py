@@ -343,7 +343,7 @@ def _download_hub_model(name: HubName, say: Say, *, code: bool) -> Path:
         return Path(folder)
     except (
         OSError,
-        HfHubHTTPError,
+        *HfHubHTTPError.__bases__,  # see `_download_hub_dataset`
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         ValueError,
@@ -352,9 +352,12 @@ def _download_hub_model(name: HubName, say: Say, *, code: bool) -> Path:
 
 
 def _download_hub_dataset(name: HubName, config: str | None, folder: Path, say: Say) -> Path:
-    from httpx import HTTPError
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # Its errors derive from those of its HTTP client, which differs between its versions: httpx,
+    # and httpx2 since 2.4.
+    unreachable = (OSError, *HfHubHTTPError.__bases__, OfflineModeIsEnabled, ValueError)
 
     say(f"fetching {name} from the hub")
     commit: str | None = name.revision
@@ -364,7 +367,7 @@ def _download_hub_dataset(name: HubName, config: str | None, folder: Path, say: 
             .dataset_info(name.repo, revision=name.revision, timeout=_HUB_TIMEOUT_SECONDS)
             .sha
         )
-    except (OSError, HTTPError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError):
+    except (*unreachable, RuntimeError):
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = (
             "1"  # the cache of `datasets` may hold it
         )
@@ -374,7 +377,7 @@ def _download_hub_dataset(name: HubName, config: str | None, folder: Path, say: 
 
     try:
         splits = load_dataset(name.repo, config, revision=commit)
-    except (OSError, HTTPError, ValueError, DatasetNotFoundError, OfflineModeIsEnabled) as error:
+    except (*unreachable, DatasetNotFoundError) as error:
         raise build_unreachable_error("data.dataset_name", name, error) from error
     with tempfile.TemporaryDirectory(dir=_make_folder(folder.parent)) as scratch:
         unpacked = Path(scratch) / "unpacked"

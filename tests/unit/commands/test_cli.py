@@ -277,9 +277,13 @@ def test_an_unreachable_data_set_is_one_sentence(tmp_path: Path, tiny_bert: Path
     job = f"name: x\ntask: classification\nmodel: {{model_name_or_path: {tiny_bert}}}\n"
     job += "data: {dataset_name: no-such/data}\n"
     (tmp_path / "job.yaml").write_text(job)
-    done = lorafleet_here(
-        "fetch", "job.yaml", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)
-    )
+    # In a process of its own: the client reads its settings when it is imported.
+    environment = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+    }
+    done = lorafleet("fetch", "job.yaml", cwd=tmp_path, **environment)
     assert done.returncode == 2, done.stderr
     assert "no-such/data, which is neither on this machine nor reachable on the hub" in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ from lorafleet.jobs.runs.plan import PackingPlan
 from lorafleet.jobs.runs.records import PackRecord
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials.packing import (
     choose_pack_size,
     describe_full_cpu,
@@ -39,11 +40,33 @@ def choose_pack(
         threads: CPU threads that the trials of a pack share.
     """
     record = run.read_pack()
+    if record is not None and record.measuring is None:
+        return record
     if record is None:
-        record = _choose(packing, jobs, host, threads)
-        files.write_json(run.path / "pack.json", record.to_dict())
-        run.add_event(NoteEvent(sentence=_describe(record)))
+        record = _choose(run, packing, jobs, host, threads)
+    else:
+        record = _choose_after_crash(record, packing)
+    _write(run, record)
+    run.add_event(NoteEvent(sentence=_describe(record)))
     return record
+
+
+def _write(run: Run, record: PackRecord) -> None:
+    files.write_json(run.path / "pack.json", record.to_dict())
+
+
+def _choose_after_crash(record: PackRecord, packing: PackingPlan) -> PackRecord:
+    """Return the choice after the process died while it measured, for lack of memory perhaps."""
+    tried = record.measuring or 1
+    trials = max(1, tried // 2)
+    return PackRecord(
+        trials=trials,
+        trials_per_pass=trials,
+        max_rank=packing.max_rank,
+        together=record.together,
+        sentence=f"at most {format_count(trials, 'trial')} at once: the process died while "
+        f"{format_count(tried, 'trial')} were measured",
+    )
 
 
 def _describe(record: PackRecord) -> str:
@@ -56,7 +79,9 @@ def _describe(record: PackRecord) -> str:
     )
 
 
-def _choose(packing: PackingPlan, jobs: list[JobSpec], host: TrialHost, threads: int) -> PackRecord:
+def _choose(
+    run: Run, packing: PackingPlan, jobs: list[JobSpec], host: TrialHost, threads: int
+) -> PackRecord:
     unpacked = packing.unpacked
     assert unpacked is not None
     job = next((job for job in jobs if find_packing_refusal(job) is None), jobs[0])
@@ -78,16 +103,26 @@ def _choose(packing: PackingPlan, jobs: list[JobSpec], host: TrialHost, threads:
         # Processes beside each other are at most as fast as each of them alone.
         alone = unpacked.slots * measure_alone(sample, unpacked.cpus_per_worker)
     max_rank = max([packing.max_rank, *(job.lora.lora_r for job in jobs)])
-    together = measure_together(sample, packing.trials, max_rank, threads)
+
+    def record_count(count: int, speeds: dict[int, float]) -> None:
+        # If this process dies, the next one knows what was too much.
+        _write(run, PackRecord(measuring=count, together=_to_text(speeds)))
+
+    together = measure_together(sample, packing.trials, max_rank, threads, record_count)
     choice = choose_pack_size(together, alone, packing.trials)
     return PackRecord(
         trials=choice.trials,
         trials_per_pass=choice.trials_per_pass,
         max_rank=max_rank,
-        together={str(count): round(speed, 1) for count, speed in together.items()},
+        together=_to_text(together),
         alone=None if alone is None else round(alone, 1),
         sentence=choice.sentence,
     )
+
+
+def _to_text(speeds: dict[int, float]) -> dict[str, float]:
+    """Return speeds as JSON has them."""
+    return {str(count): round(speed, 1) for count, speed in speeds.items()}
 
 
 def _count_batch_tokens(job: JobSpec, data: TokenData) -> int:

@@ -122,7 +122,7 @@ def fork_driver(run: Run, *, trains: bool) -> Restart | None:
         # driver that dies of anything else would only die again.
         can_continue = (
             status == RESTART_STATUS
-            or (trains and _was_training(run, forked_at))
+            or (trains and (_was_training(run, forked_at) or _was_measuring(run, forked_at)))
             or _was_evaluating(run, forked_at)
         )
         is_stopped = forwarder.last_signal or (run.path / "stop").exists()
@@ -136,6 +136,14 @@ def _was_training(run: Run, since: float) -> bool:
         trial.state is TrialState.RUNNING and (trial.read_status().updated or 0.0) >= since
         for trial in run.list_trials()
     )
+
+
+def _was_measuring(run: Run, since: float) -> bool:
+    """Return whether a driver that started at `since` died while it measured a pack."""
+    record = run.read_pack()
+    if record is None or record.measuring is None:
+        return False
+    return (run.path / "pack.json").stat().st_mtime >= since
 
 
 def _was_evaluating(run: Run, since: float) -> bool:

@@ -295,6 +295,8 @@ class PackRecord(Record):
     """
     sentence: str = ""
     """The choice and its reason."""
+    measuring: int | None = None
+    """Number of trials that are being measured; None once the choice is made."""
 
 
 class SplitScores(Record):

@@ -45,8 +45,14 @@ def read_scores(run: Run) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def assert_same_results(packed: Run, alone: Run) -> None:
-    """The same trials with the same decisions, and scores that differ by rounding alone."""
+def assert_same_results(
+    packed: Run, alone: Run, keys: tuple[str, ...] = ("loss", "train_loss")
+) -> None:
+    """The same trials with the same decisions, and scores that differ by rounding alone.
+
+    Args:
+        keys: The training loss is a mean since the last report, or since a restart.
+    """
     states = {trial.id: trial.state for trial in alone.list_trials()}
     assert {trial.id: trial.state for trial in packed.list_trials()} == states
     assert TrialState.STOPPED in states.values()
@@ -61,7 +67,7 @@ def assert_same_results(packed: Run, alone: Run) -> None:
         for row, other in zip(rows, expected[trial_id], strict=True):
             for key in ("step", "samples", "rung", "tokens", "trainable_parameters"):
                 assert row.get(key) == other.get(key), key
-            for key in ("loss", "train_loss"):
+            for key in keys:
                 assert math.isclose(row[key], other[key], rel_tol=1e-3), (trial_id, key)
 
 
@@ -90,14 +96,15 @@ def undisturbed() -> dict[str, Run]:
 
 
 FAULTS = {
-    "out of memory": ("PackedGroup._backward", "oom", 9),
-    "a crash": ("PackedGroup._backward", "crash", 30),
-    "a GPU that fails": ("PackedGroup._backward", "device", 30),
+    "out of memory": ("PackedGroup._backward", "oom", 100),
+    "a crash": ("PackedGroup._backward", "crash", 100),
+    "a GPU that fails": ("PackedGroup._backward", "device", 100),
     "an error at a trial's begin": ("PackedGroup.enter", "oom", 8),
+    "a crash while it is measured": ("PackedGroup.copy", "crash", 3),
 }
 """What goes wrong -> the function in whose call, how, and the number of the call.
 
-The first calls measure the speed of a pack.
+The first calls measure the speed of a pack: at most 63 micro-batches.
 """
 
 
@@ -106,7 +113,7 @@ The first calls measure the speed of a pack.
 def test_what_happens_to_a_pack_changes_no_result(
     what: str, bert_job: JobMaker, place: Path, undisturbed: dict[str, Run]
 ) -> None:
-    loaded = bert_job(SEARCH, resources__pack=4)
+    loaded = bert_job(SEARCH.replace("288", "1440"), resources__pack=4)
     if not undisturbed:
         undisturbed["run"], done = sweep(loaded, place)
         assert done.returncode == ExitCode.OK, done.stdout + done.stderr
@@ -117,10 +124,12 @@ def test_what_happens_to_a_pack_changes_no_result(
     assert process.returncode == ExitCode.OK, shown
     run = newest(place)
     assert (place / "it-happened").exists()
-    assert_same_results(run, undisturbed["run"])
+    assert_same_results(run, undisturbed["run"], keys=("loss",))
     notes = " ".join(note.sentence for note in run.read_events(NoteEvent))
     retries = [trial.read_status().retries for trial in run.list_trials()]
-    if act == "oom":
+    if function == "PackedGroup.copy":
+        assert "at most 2 trials at once: the process died while 4 trials were measured" in notes
+    elif act == "oom":
         assert "did not fit into memory together" in notes or {"oom": 1} in retries
     else:
         assert "they were continued one at a time" in notes
@@ -143,7 +152,7 @@ def test_a_killed_pack_has_the_table_of_an_undisturbed_one(bert_job: JobMaker, p
     assert not all(trial.state.has_ended for trial in run.list_trials())
     done = lorafleet("resume", run.id, cwd=place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
-    assert_same_results(run, expected)
+    assert_same_results(run, expected, keys=("loss",))
     assert not any(trial.read_status().retries for trial in run.list_trials())
 
 

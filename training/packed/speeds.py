@@ -55,7 +55,11 @@ def measure_alone(sample: TrialSample, threads: int) -> float:
 
 
 def measure_together(
-    sample: TrialSample, max_trials: int, max_rank: int, threads: int
+    sample: TrialSample,
+    max_trials: int,
+    max_rank: int,
+    threads: int,
+    on_count: Callable[[int, dict[int, float]], None] = lambda count, speeds: None,
 ) -> dict[int, float]:
     """Return the tokens per second of all trials of a pack, by their number.
 
@@ -65,6 +69,7 @@ def measure_together(
         max_trials: Largest number of trials.
         max_rank: Rank to which the adapters are padded.
         threads: CPU threads that they share.
+        on_count: Called with each number before it is measured, and the speeds before it.
     """
     set_up_cpu(threads)
     group = PackedGroup(sample.base, sample.data, max_trials, max_rank)
@@ -81,6 +86,7 @@ def measure_together(
             )
 
         for count in counts:
+            on_count(count, speeds)
             for slot in range(len(group.slots), count):
                 group.copy(0, slot)
             speeds[count] = _measure(run, sample.base.device)

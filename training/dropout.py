@@ -214,6 +214,14 @@ def _normalize(path: str) -> str:
     return path
 
 
+def draws_attention(device: torch.device) -> bool:
+    """Return whether the dropout inside attention is drawn by row on a device.
+
+    Not on GPUs, where fused kernels draw their own and keep no scores.
+    """
+    return device.type == "cpu"
+
+
 class RowDropout:
     """The dropout of a model, drawn by row from its creation until `remove`.
 
@@ -223,9 +231,11 @@ class RowDropout:
     Args:
         model: A base, with or without an adapter.
         keys: Holds the keys of the rows; the caller sets them for each micro-batch.
+        covers_attention: Also draw the dropout inside attention by row (see `draws_attention`).
     """
 
-    def __init__(self, model: nn.Module, keys: RowKeys) -> None:
+    def __init__(self, model: nn.Module, keys: RowKeys, covers_attention: bool = True) -> None:
+        self.model = model
         self.keys = keys
         self._layers: list[nn.Module] = []
         self._attentions: list[nn.Module] = []
@@ -234,7 +244,7 @@ class RowDropout:
                 # An instance attribute hides the class's method; deleting it restores the method.
                 module.forward = _make_forward(module, LayerMasks(keys, path))
                 self._layers.append(module)
-            elif "Attention" in type(module).__name__:
+            elif covers_attention and "Attention" in type(module).__name__:
                 setattr(module, _ATTRIBUTE, LayerMasks(keys, f"{path}.attention"))
                 self._attentions.append(module)
         if self._attentions:
@@ -242,8 +252,10 @@ class RowDropout:
 
     def remove(self) -> None:
         """Let the model's layers draw their masks as torch does. May be called twice."""
-        for module in self._layers:
-            del module.forward
+        # Also in copies: PEFT copies a head with this, and leaves the copy in the base.
+        for module in (*self._layers, *self.model.modules()):
+            if type(module) is nn.Dropout:
+                vars(module).pop("forward", None)
         for module in self._attentions:
             delattr(module, _ATTRIBUTE)
         self._layers, self._attentions = [], []

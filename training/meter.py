@@ -100,6 +100,18 @@ def free_unused_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the error means that a GPU or the machine is out of memory.
+
+    torch's CPU allocator raises a plain RuntimeError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
+    )
+
+
 def get_memory_in_use_gib(device: torch.device) -> float:
     """Return the memory in use, in GiB.
 

@@ -42,7 +42,7 @@ from lorafleet.training.data import (
     make_padding_free_batch,
     split_micro_batches,
 )
-from lorafleet.training.dropout import RowDropout, RowKeys, compute_row_keys
+from lorafleet.training.dropout import RowDropout, RowKeys, compute_row_keys, draws_attention
 from lorafleet.training.evaluation import (
     OnPass,
     evaluate_rows,
@@ -114,7 +114,7 @@ class TrainingSession:
         if job.train.torch_compile:
             compile_blocks(self.model)  # its dropout is part of the compiled code
         else:
-            self.dropout = RowDropout(self.model, self.row_keys)
+            self.dropout = RowDropout(self.model, self.row_keys, draws_attention(base.device))
         # transformers loads in eval mode and PEFT wraps in train mode. Without this call, the
         # base's own dropout would be off until the first evaluation, and on from then on, in this
         # trial and all later ones.

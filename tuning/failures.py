@@ -20,6 +20,7 @@ from lorafleet.jobs import files
 from lorafleet.jobs.errors import DataError, TrainingFailure, UserError
 from lorafleet.jobs.runs.records import FailureRecord
 from lorafleet.jobs.runs.run import Trial
+from lorafleet.training.meter import is_out_of_memory
 
 _FAILURE_MARKER = "lorafleet-failure:"
 _DEVICE_ERRORS = (
@@ -95,7 +96,7 @@ def classify_exception(error: BaseException) -> FailureRecord:
     if isinstance(error, TrainingFailure):
         return _make_failure(error.failure_class, error.sentence, final=error.final)
     first_line = (str(error).strip().splitlines() or [""])[0][:300]
-    if is_oom(error):
+    if is_out_of_memory(error):
         return _make_failure("oom", f"out of memory: {first_line}")
     if any(word in str(error) for word in _PEER_ERRORS):
         return _make_failure("worker_lost", f"another process of the trial was lost: {first_line}")
@@ -121,25 +122,13 @@ def make_disk_full_failure(sentence: str) -> FailureRecord:
     return _make_failure(DISK_FULL, sentence)
 
 
-def is_oom(error: BaseException) -> bool:
-    """Return whether the error means that a GPU or the machine is out of memory.
-
-    torch's CPU allocator raises a plain RuntimeError.
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
-    )
-
-
 def is_device_error(error: BaseException) -> bool:
     """Return whether the process's CUDA context may be lost after this error.
 
     Later results of such a process cannot be trusted, so it must end. Out of memory does
     not count.
     """
-    if isinstance(error, torch.AcceleratorError) and not is_oom(error):
+    if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _DEVICE_ERRORS)
 

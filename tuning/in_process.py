@@ -89,6 +89,9 @@ def run_packed_trials(
             if waiting is None:
                 trial = queue.take()
                 waiting = None if isinstance(trial, NoTrial) else trial
+            if waiting is not None and queue.should_stop():
+                queue.complete(waiting)  # it has not begun
+                waiting = None
             if waiting is None:
                 break
             config, alone = build_config(waiting), waiting.read_status().trains_alone

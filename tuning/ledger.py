@@ -12,7 +12,7 @@ import bisect
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -355,13 +355,7 @@ class Ledger:
         if not paused:
             return []
         if self._mode == "synchronous":
-            lowest = min(self._get_rung(trial) for trial in self.trials.unended.values())
-            is_complete = all(
-                trial.state is TrialState.PAUSED
-                for trial in self.trials.unended.values()
-                if self._get_rung(trial) == lowest
-            )
-            return self._decide_cohort(lowest) if lowest >= 0 and is_complete else []
+            return self._close_cohorts()
         if not is_idle:
             return []
         promoted = self._promote_best(lambda arrived: max(1, arrived // self._eta))
@@ -369,6 +363,19 @@ class Ledger:
             for trial in paused:
                 self._stop_paused(trial)
         return promoted
+
+    def _close_cohorts(self) -> list[TrackedTrial]:
+        """Decide the lowest rung that all trials have reached, and the next if nobody passes it."""
+        while self._list_paused():
+            unended = self.trials.unended.values()
+            lowest = min(self._get_rung(trial) for trial in unended)
+            cohort = [trial for trial in unended if self._get_rung(trial) == lowest]
+            if lowest < 0 or any(trial.state is not TrialState.PAUSED for trial in cohort):
+                return []
+            promoted = self._decide_cohort(lowest)
+            if promoted:
+                return promoted
+        return []
 
     def _list_paused(self) -> list[TrackedTrial]:
         if not self.trials.counts[TrialState.PAUSED]:
@@ -380,10 +387,9 @@ class Ledger:
         rung = self.results[trial.id].rung
         return -1 if rung is None else rung
 
-    def _rank_rung(self, rung: int, count: int) -> list[str]:
-        index = {
-            name: self.trials.get(name).read_params().index for name in self.rungs[rung].scores
-        }
+    def _rank_rung(self, rung: int, names: Iterable[str], count: int) -> list[str]:
+        """Return the best of some trials that have reached a rung."""
+        index = {name: self.trials.get(name).read_params().index for name in names}
         return self.rungs[rung].rank(index, count)
 
     def _promote_best(self, count: Callable[[int], int]) -> list[TrackedTrial]:
@@ -394,15 +400,21 @@ class Ledger:
         """
         paused = {trial.id: trial for trial in self._list_paused()}
         for rung in sorted(self.rungs, reverse=True):
-            for name in self._rank_rung(rung, count(len(self.rungs[rung].scores))):
+            arrived = [
+                name
+                for name in self.rungs[rung].scores
+                # One that went on and failed takes no place.
+                if self.trials.get(name).state is not TrialState.FAILED
+            ]
+            for name in self._rank_rung(rung, arrived, count(len(arrived))):
                 if name in paused and self._get_rung(paused[name]) == rung:
                     return [self._promote(paused[name])]
         return []
 
     def _decide_cohort(self, rung: int) -> list[TrackedTrial]:
         """Promote the best of a rung that all have reached, and stop the others there."""
-        arrived = len(self.rungs[rung].scores)
-        best = set(self._rank_rung(rung, max(1, arrived // self._eta)))
+        scores = self.rungs[rung].scores
+        best = set(self._rank_rung(rung, scores, max(1, len(scores) // self._eta)))
         cohort = [trial for trial in self._list_paused() if self._get_rung(trial) == rung]
         promoted = [trial for trial in cohort if trial.id in best]
         for trial in cohort:

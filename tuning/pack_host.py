@@ -18,7 +18,7 @@ from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.packing import build_pack_key, find_packing_refusal
 from lorafleet.training.cpu import set_up_cpu
-from lorafleet.training.meter import free_unused_memory
+from lorafleet.training.meter import free_unused_memory, is_out_of_memory
 from lorafleet.training.packed.group import PackedGroup
 from lorafleet.training.packed.session import PackedSession, evaluate_together
 from lorafleet.training.watchdog import Watchdog
@@ -26,7 +26,6 @@ from lorafleet.tuning.failures import (
     WorkerUnusable,
     classify_exception,
     is_device_error,
-    is_oom,
     save_traceback,
 )
 from lorafleet.tuning.trial_host import TrialHost
@@ -225,7 +224,7 @@ class PackHost:
         """Let fewer trials share a forward pass after an error; of one trial, it is its own."""
         slots = group.last_pass
         group.restart_steps()
-        if is_oom(error):
+        if is_out_of_memory(error):
             error.__traceback__ = None  # its frames hold the tensors that did not fit
             free_unused_memory(group.base.device)
         if len(slots) == 1:
@@ -233,7 +232,7 @@ class PackHost:
             group.slots_per_pass = self.trials_per_pass
             return
         group.slots_per_pass = len(slots) // 2
-        if is_oom(error):
+        if is_out_of_memory(error):
             self.trials_per_pass = group.slots_per_pass
             self.warn(
                 f"{len(slots)} trials did not fit into memory together: at most "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorafleet.cluster.execution.supervisor import RestartNeeded
 from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.events import NoteEvent
@@ -18,8 +19,10 @@ from lorafleet.jobs.trials.packing import (
     find_packing_refusal,
 )
 from lorafleet.jobs.trials.schedule import build_schedule
+from lorafleet.training.meter import free_unused_memory
 from lorafleet.training.packed.group import find_unreplaced_dropout
 from lorafleet.training.packed.speeds import TrialSample, measure_alone, measure_together
+from lorafleet.tuning.failures import is_device_error
 
 if TYPE_CHECKING:
     from lorafleet.tuning.trial_host import TrialHost
@@ -45,7 +48,7 @@ def choose_pack(
     if record is None:
         record = _choose(run, packing, jobs, host, threads)
     else:
-        record = _choose_after_crash(record, packing)
+        record = _choose_after_crash(record)
     _write(run, record)
     run.add_event(NoteEvent(sentence=_describe(record)))
     return record
@@ -55,17 +58,24 @@ def _write(run: Run, record: PackRecord) -> None:
     files.write_json(run.path / "pack.json", record.to_dict())
 
 
-def _choose_after_crash(record: PackRecord, packing: PackingPlan) -> PackRecord:
-    """Return the choice after the process died while it measured, for lack of memory perhaps."""
+def _choose_after_crash(record: PackRecord) -> PackRecord:
+    """Return the choice after the process died while it measured, for lack of memory perhaps.
+
+    What was measured before decides.
+    """
     tried = record.measuring or 1
-    trials = max(1, tried // 2)
-    return PackRecord(
-        trials=trials,
-        trials_per_pass=trials,
-        max_rank=packing.max_rank,
-        together=record.together,
-        sentence=f"at most {format_count(trials, 'trial')} at once: the process died while "
-        f"{format_count(tried, 'trial')} were measured",
+    reason = f"the process died while {format_count(tried, 'trial')} were measured"
+    speeds = {int(count): speed for count, speed in record.together.items()}
+    if not speeds or max(speeds) == 1:
+        return PackRecord(sentence=f"one trial at a time: {reason}")
+    choice = choose_pack_size(speeds, record.alone, max(speeds))
+    return record.model_copy(
+        update={
+            "trials": choice.trials,
+            "trials_per_pass": choice.trials_per_pass,
+            "sentence": f"{choice.sentence}; {reason}",
+            "measuring": None,
+        }
     )
 
 
@@ -82,8 +92,6 @@ def _describe(record: PackRecord) -> str:
 def _choose(
     run: Run, packing: PackingPlan, jobs: list[JobSpec], host: TrialHost, threads: int
 ) -> PackRecord:
-    unpacked = packing.unpacked
-    assert unpacked is not None
     job = next((job for job in jobs if find_packing_refusal(job) is None), jobs[0])
     data = host.data.for_fold(job)
     reason = find_packing_refusal(job)
@@ -94,19 +102,53 @@ def _choose(
         reason = find_unreplaced_dropout(base, data, job)
     if reason is not None:
         return PackRecord(sentence=f"one trial at a time: {reason}")
+    try:
+        return _measure(run, packing, jobs, host, threads, job)
+    # Whatever a trial meets, here and in its own training: it must not end the search.
+    except Exception as error:
+        if is_device_error(error):
+            raise RestartNeeded(str(error)) from error
+        error.__traceback__ = None
+        host.bases.drop()
+        free_unused_memory(base.device)
+        return PackRecord(sentence=f"one trial at a time: the measurement failed ({error})")
+
+
+def _measure(
+    run: Run,
+    packing: PackingPlan,
+    jobs: list[JobSpec],
+    host: TrialHost,
+    threads: int,
+    job: JobSpec,
+) -> PackRecord:
+    """Return the choice after measuring with a trial of a job."""
+    unpacked = packing.unpacked
+    assert unpacked is not None
+    data = host.data.for_fold(job)
     schedule = build_schedule(
         job, host.data.count_training_rows(job), searching=host.work.searching
     )
+    base = host.bases.get(job, len(data.labels))
     sample = TrialSample(base, data, job, schedule)
+    max_rank = max([packing.max_rank, *(job.lora.lora_r for job in jobs)])
+    _write(run, PackRecord(measuring=1, max_rank=max_rank))
     alone = None
     if packing.is_measured:
         # Processes beside each other are at most as fast as each of them alone.
         alone = unpacked.slots * measure_alone(sample, unpacked.cpus_per_worker)
-    max_rank = max([packing.max_rank, *(job.lora.lora_r for job in jobs)])
 
     def record_count(count: int, speeds: dict[int, float]) -> None:
         # If this process dies, the next one knows what was too much.
-        _write(run, PackRecord(measuring=count, together=_to_text(speeds)))
+        _write(
+            run,
+            PackRecord(
+                measuring=count,
+                max_rank=max_rank,
+                alone=alone,
+                together=_to_text(speeds),
+            ),
+        )
 
     together = measure_together(sample, packing.trials, max_rank, threads, record_count)
     choice = choose_pack_size(together, alone, packing.trials)

@@ -17,14 +17,17 @@ from lorafleet.jobs.errors import make_disk_full_error
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.training.cpu import set_up_cpu
-from lorafleet.training.meter import free_unused_memory, get_memory_in_use_gib
+from lorafleet.training.meter import (
+    free_unused_memory,
+    get_memory_in_use_gib,
+    is_out_of_memory,
+)
 from lorafleet.training.model import Base, resolve_device
 from lorafleet.tuning.base_cache import BaseCache
 from lorafleet.tuning.failures import (
     WorkerUnusable,
     classify_exception,
     is_device_error,
-    is_oom,
     save_traceback,
 )
 from lorafleet.tuning.trial_report import TrialReport, WorkerInfo
@@ -168,7 +171,7 @@ class TrialHost:
             return False
         if not has_session:
             self.bases.drop()  # a half-built adapter may still be attached to the base
-        if not is_oom(error):
+        if not is_out_of_memory(error):
             return True
         device = resolve_device(self.work.gpus)
         # Memory that something still holds would be missing to all later trials of this process.

@@ -33,6 +33,8 @@ class TrialReport(BaseModel):
     """Line for metrics.jsonl; None if nothing was measured."""
     done: bool = False
     """True if the training is complete."""
+    pauses: bool = False
+    """True at a rung at which the trial waits until others have decided."""
     stopping: bool = False
     """True if the trial has saved because the run is asked to stop."""
     failure: FailureRecord | None = None
@@ -46,7 +48,7 @@ class TrialReport(BaseModel):
     @property
     def ends_trial(self) -> bool:
         """Return whether the trial sends no further report in this attempt."""
-        return self.done or self.stopping or self.failure is not None
+        return self.done or self.pauses or self.stopping or self.failure is not None
 
     def to_result(self) -> dict[str, Any]:
         """Return the report as a Tune result.

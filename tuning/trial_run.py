@@ -338,8 +338,24 @@ class TrialRun:
         if self.nodes > 1:
             row["nodes"] = self.nodes
         return self._complete(
-            TrialReport(row=_to_row(row), done=self._is_done(session), stopping=self.stopping)
+            TrialReport(
+                row=_to_row(row),
+                done=self._is_done(session),
+                pauses=self._pauses_at(row.get("rung")),
+                stopping=self.stopping,
+            )
         )
+
+    def _pauses_at(self, rung: int | None) -> bool:
+        """Return whether the trial waits at a rung.
+
+        Its process ends the training then: a group that went on could meet the one that continues.
+        """
+        search_spec = self.work.job.search
+        if rung is None or search_spec is None or not self.work.searching:
+            return False
+        is_last = rung + 1 >= len(self.plan.rung_steps)
+        return search_spec.scheduler.mode != "stop" and not is_last and not self.trial.is_repeat
 
     def _complete(self, report: TrialReport) -> TrialReport:
         """Return a report with the warnings that go with it."""

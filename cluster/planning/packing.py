@@ -11,6 +11,7 @@ from lorafleet.jobs.sites.placement import Placement
 from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials.packing import (
     MAX_AUTO_TRIALS,
+    build_pack_key,
     describe_full_cpu,
     find_max_rank,
     find_packing_refusal,
@@ -100,6 +101,12 @@ def _find_refusal(
     refusals = [find_packing_refusal(trial) for trial in trials]
     if all(refusals):
         return refusals[0]
+    if job.evaluate.folds:
+        return "the trials of a cross-validation have different rows"
+    if len({build_pack_key(trial) for trial in trials}) > 1:
+        return "the trials differ in more than a pack can: method, layers, number formats or folds"
+    if any(refusals) and placement.slots > 1:
+        return f"some trials cannot be packed: {next(filter(None, refusals))}"
     if not isinstance(site, LocalSite):
         return "trials are packed in the driver's own process, which a cluster's jobs do not use"
     if placement.gpus_per_worker and placement.slots > 1:

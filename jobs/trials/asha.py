@@ -105,9 +105,9 @@ class Rung:
 
         Args:
             index: Trial id -> order of creation, in which equal scores are ranked: the result does
-                not depend on the order of arrival.
+                not depend on the order of arrival. Only these trials are ranked.
         """
-        trials = [name for name, score in self.scores.items() if score[0] > -math.inf]
+        trials = [name for name in index if self.scores[name][0] > -math.inf]
         trials.sort(key=lambda name: (*(-part for part in self.scores[name]), index[name]))
         return trials[:count]
 

@@ -34,7 +34,7 @@ from lorafleet.training.data import (
     make_batch,
     split_micro_batches,
 )
-from lorafleet.training.dropout import RowDropout, RowKeys, compute_row_keys
+from lorafleet.training.dropout import RowDropout, RowKeys, compute_row_keys, draws_attention
 from lorafleet.training.evaluation import resolve_autocast_dtype
 from lorafleet.training.loss import LossModule
 from lorafleet.training.meter import Meter
@@ -161,7 +161,7 @@ class PackedGroup:
         self.row_keys = RowKeys()
         self.rows = RowMap(slots, base.device, self.row_keys)
         self.buffers: SlotBuffers | None = None
-        self.dropout = RowDropout(base.model, self.row_keys)
+        self.dropout = RowDropout(base.model, self.row_keys, draws_attention(base.device))
         if data.labels:
             name_classes(base.model, data.labels)
         self._modules: dict[str, nn.Module] = {}
@@ -258,6 +258,8 @@ class PackedGroup:
 
     def close(self) -> None:
         """End all trials, and leave the base as it was. May be called twice."""
+        # Before the layers leave the model: a replaced head has dropout of its own.
+        self.base.model.eval()
         self._remove_modules()
         self.dropout.remove()
         self.slots, self.buffers, self._modules, self._loss = {}, None, {}, None
@@ -281,6 +283,9 @@ class PackedGroup:
             for name, tensor in tensors.items()
         ]
         self.buffers = buffers = SlotBuffers(shapes, self.capacity, self.base.device)
+        for name in tensors:
+            if not name.endswith((_LORA_A, _LORA_B)) and _SAVED not in name:
+                raise UserError(f"the trial cannot be packed: {name} is trained alone")
         parameters = {
             name: SlotTensors(buffers.make_parameter(name), buffers.make_slot_parameters(name))
             for name in tensors
@@ -466,7 +471,7 @@ def find_unreplaced_dropout(base: Base, data: TokenData, job: JobSpec) -> str | 
         base: A base that no session uses.
     """
     keys = RowKeys()
-    dropout = RowDropout(base.model, keys)
+    dropout = RowDropout(base.model, keys, draws_attention(base.device))
     rows = np.arange(min(2, len(data.splits["train"])))
     classifies = job.task == "classification"
     batch = make_batch(data.splits["train"], rows, data.pad_id, base.device, classifies=classifies)

@@ -160,6 +160,16 @@ def evaluate_together(
         sessions: Sessions of one group, whose trials have the same rows.
         on_pass: Called before each forward pass. An exception that it raises ends the evaluation.
     """
+    first_job = sessions[0].trial.job
+    size = min(sessions[0].group.slots_per_pass, first_job.train.per_device_eval_batch_size)
+    for start in range(0, len(sessions), size):
+        _evaluate_in_a_pass(sessions[start : start + size], split_name, on_pass)
+
+
+def _evaluate_in_a_pass(
+    sessions: Sequence[PackedSession], split_name: str, on_pass: OnPass
+) -> None:
+    """Evaluate slots that fit into one forward pass together."""
     started_at = time.perf_counter()
     group = sessions[0].group
     first = sessions[0].trial

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +14,7 @@ from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials.packing import MIN_SPEEDUP
 from lorafleet.jobs.trials.schedule import Schedule
 from lorafleet.training.cpu import set_up_cpu
-from lorafleet.training.meter import free_unused_memory
+from lorafleet.training.meter import free_unused_memory, is_out_of_memory
 from lorafleet.training.model import Base
 from lorafleet.training.packed.group import PackedGroup
 from lorafleet.training.session import TrainingSession
@@ -41,7 +41,9 @@ def measure_alone(sample: TrialSample, threads: int) -> float:
         threads: CPU threads that it gets.
     """
     set_up_cpu(threads)
-    session = TrainingSession.build(sample.job, sample.base, sample.data, sample.schedule)
+    session = TrainingSession.build(
+        sample.job, sample.base, sample.data, _make_endless(sample.schedule)
+    )
     try:
 
         def run() -> int:
@@ -76,14 +78,16 @@ def measure_together(
     speeds: dict[int, float] = {}
     counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < max_trials] + [max_trials]
     try:
-        group.enter(0, sample.job, sample.schedule)
+        group.enter(0, sample.job, _make_endless(sample.schedule))
 
         def run() -> int:
             group.run_micro_batch()
-            return sum(
-                int(trial.data.splits["train"].lengths[trial.last_rows].sum())
-                for trial in group.slots.values()
-            )
+            trials = [group.slots[slot] for slot in group.last_pass]
+            for trial in trials:
+                if trial.failure is not None:
+                    raise trial.failure
+            lengths = sample.data.splits["train"].lengths
+            return sum(int(lengths[trial.last_rows].sum()) for trial in trials)
 
         for count in counts:
             on_count(count, speeds)
@@ -93,13 +97,18 @@ def measure_together(
             previous = max((speed for n, speed in speeds.items() if n < count), default=0.0)
             if speeds[count] < MIN_SPEEDUP * previous:
                 break
-    except (torch.OutOfMemoryError, MemoryError):
-        if not speeds:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or not speeds:
             raise
     finally:
         group.close()
         free_unused_memory(sample.base.device)
     return speeds
+
+
+def _make_endless(schedule: Schedule) -> Schedule:
+    """Return a schedule that no measurement reaches the end of."""
+    return replace(schedule, total_steps=10**9)
 
 
 def _measure(run: Callable[[], int], device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -132,6 +133,18 @@ def test_a_model_is_left_as_it_was() -> None:
     expected = functional.dropout(model[0](inputs), 0.5)
     torch.manual_seed(0)
     assert torch.equal(model(inputs), expected)
+
+
+def test_a_copied_layer_is_left_as_it_was_too() -> None:
+    """PEFT copies a head that is trained whole, and the copy stays in the base."""
+    model = nn.ModuleDict({"head": nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))})
+    dropout = RowDropout(model, make_keys([0, 1]))
+    model["head"] = copy.deepcopy(model["head"])
+    dropout.remove()
+    model.eval()
+    assert all("forward" not in vars(module) for module in model.modules())
+    inputs = torch.ones(2, 4)
+    assert torch.equal(model["head"](inputs), model["head"][0](inputs))
 
 
 class Attention(nn.Module):

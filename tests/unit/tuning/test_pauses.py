@@ -47,10 +47,13 @@ class Search:
         *,
         workers: int = 3,
         failing: frozenset[int] = frozenset(),
+        failing_later: frozenset[int] = frozenset(),
     ) -> None:
         self.job = make(SEARCH.format(mode=mode)).job
         self.run = Run.create(folder, "search")
         self.scores, self.workers, self.failing = scores, workers, failing
+        self.failing_later = failing_later
+        """Trials that fail once they have been promoted."""
         self.steps: dict[str, int] = {}
         """Steps that each trial has trained: those of its checkpoint."""
         self.open: list[TrackedTrial] = []
@@ -98,7 +101,7 @@ class Search:
     def train(self, trial: TrackedTrial) -> TrialReport:
         """Train a trial to its next rung."""
         index = trial.read_params().index
-        if index in self.failing:
+        if index in self.failing or (index in self.failing_later and trial.id in self.steps):
             failure = FailureRecord(failure_class="nan", sentence="planted")
             return TrialReport(failure=failure)
         rung = next(n for n, level in enumerate(LEVELS) if level > self.steps.get(trial.id, 0))
@@ -224,6 +227,32 @@ def test_a_rung_of_trials_without_a_score_ends_the_search(
     for mode in ("synchronous", "promote"):
         search = Search(bert_job, tmp_path, mode, [[float("nan")] * 4] * 4)
         assert set(search.finish(0).values()) == {1}
+
+
+def test_another_trial_is_trained_to_the_end_if_the_best_one_fails(
+    bert_job: JobMaker, tmp_path: Path
+) -> None:
+    scores = [[0.9] * 4, [0.5] * 4, [0.4] * 4]
+    for workers in (1, 3):
+        search = Search(
+            bert_job,
+            tmp_path,
+            "promote",
+            scores,
+            workers=workers,
+            failing_later=frozenset({0}),
+        )
+        assert search.finish(0) == {"trial-0": 1, "trial-1": 27, "trial-2": 1}
+
+
+def test_a_cohort_of_which_nobody_passes_does_not_hold_others_up(
+    bert_job: JobMaker, tmp_path: Path
+) -> None:
+    """One trial skips the first rung, where all others have no score."""
+    nan = float("nan")
+    search = Search(bert_job, tmp_path, "synchronous", [[nan, 0.5, 0.5, 0.5]] * 3)
+    search.steps["trial-0"] = LEVELS[0]
+    assert search.finish(0) == {"trial-0": 27, "trial-1": 1, "trial-2": 1}
 
 
 def test_what_pauses_is_refused_without_rungs_and_with_tpe() -> None:

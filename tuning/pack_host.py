@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafleet.jobs.errors import make_disk_full_error
+from lorafleet.jobs.errors import TrainingFailure, make_disk_full_error
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials import sampling as search
@@ -258,7 +258,7 @@ class PackHost:
                 continue
             try:
                 member.run.send_progress(member.session.build_report())
-            except Exception as error:  # noqa: BLE001 - a NaN is the result of its trial alone
+            except TrainingFailure as error:  # a NaN is the result of its trial alone
                 member.error = error
 
     def _check_for_stop(self) -> None:

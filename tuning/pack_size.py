@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING
 
 from lorafleet.cluster.execution.supervisor import RestartNeeded
@@ -20,6 +21,7 @@ from lorafleet.jobs.trials.packing import (
 )
 from lorafleet.jobs.trials.schedule import build_schedule
 from lorafleet.training.meter import free_unused_memory
+from lorafleet.training.model import resolve_device
 from lorafleet.training.packed.group import find_unreplaced_dropout
 from lorafleet.training.packed.speeds import TrialSample, measure_alone, measure_together
 from lorafleet.tuning.failures import is_device_error
@@ -97,9 +99,6 @@ def _choose(
     reason = find_packing_refusal(job)
     if reason is None and packing.is_measured and not host.work.gpus:
         reason = describe_full_cpu(_count_batch_tokens(job, data))
-    if reason is None:
-        base = host.bases.get(job, len(data.labels))
-        reason = find_unreplaced_dropout(base, data, job)
     if reason is not None:
         return PackRecord(sentence=f"one trial at a time: {reason}")
     try:
@@ -108,9 +107,11 @@ def _choose(
     except Exception as error:
         if is_device_error(error):
             raise RestartNeeded(str(error)) from error
-        error.__traceback__ = None
+        text = "".join(traceback.format_exception(error))
+        files.write_text(run.path / "logs" / "lorafleet-pack-traceback.txt", text)
+        error.__traceback__ = None  # its frames hold the tensors that did not fit
         host.bases.drop()
-        free_unused_memory(base.device)
+        free_unused_memory(resolve_device(host.work.gpus))
         return PackRecord(sentence=f"one trial at a time: the measurement failed ({error})")
 
 
@@ -130,6 +131,9 @@ def _measure(
         job, host.data.count_training_rows(job), searching=host.work.searching
     )
     base = host.bases.get(job, len(data.labels))
+    reason = find_unreplaced_dropout(base, data, job)
+    if reason is not None:
+        return PackRecord(sentence=f"one trial at a time: {reason}")
     sample = TrialSample(base, data, job, schedule)
     max_rank = max([packing.max_rank, *(job.lora.lora_r for job in jobs)])
     _write(run, PackRecord(measuring=1, max_rank=max_rank))

@@ -112,7 +112,7 @@ class PlannedTrial(Spec):
 
 
 class PackingPlan(Spec):
-    """Whether a sweep trains several trials at once in one process, on one base."""
+    """Plan of how many trials of a sweep one process trains at once, on one base."""
 
     trials: int = Field(1, ge=1)
     """Maximum number of trials at once; 1: they are not packed."""

@@ -87,7 +87,7 @@ def find_max_rank(job: JobSpec, assignments: Iterable[dict[str, object]] = ()) -
 
 @dataclass(frozen=True)
 class PackChoice:
-    """How many trials are trained at once."""
+    """Number of trials that are trained at once."""
 
     trials: int
     """1: they are not packed."""

@@ -102,7 +102,7 @@ FAULTS = {
     "an error at a trial's begin": ("PackedGroup.enter", "oom", 8),
     "a crash while it is measured": ("PackedGroup.copy", "crash", 3),
 }
-"""What goes wrong -> the function in whose call, how, and the number of the call.
+"""Fault -> the function in whose call, how, and the number of the call.
 
 The first calls measure the speed of a pack: at most 63 micro-batches.
 """

@@ -50,7 +50,7 @@ def test_a_share_p_is_dropped_and_the_others_are_scaled(p: float) -> None:
 
 
 def test_masks_are_independent_of_each_other() -> None:
-    """Of rows, positions, columns, layers, steps and seeds: pairs agree as often as by chance."""
+    """Masks of other rows, positions, columns, layers, steps and seeds agree as often as by chance."""
     p, shape = 0.3, (64, 32, 96)
     rows = list(range(64))
     base = draw(shape, p, make_keys(rows))
@@ -148,7 +148,7 @@ def test_a_copied_layer_is_left_as_it_was_too() -> None:
 
 
 class Attention(nn.Module):
-    """As transformers' attention layers look to its functions."""
+    """Stand-in for an attention layer, with what transformers' functions read of it."""
 
     def __init__(self, groups: int, *, is_causal: bool) -> None:
         super().__init__()

@@ -156,10 +156,10 @@ class SchedulerSpec(Spec):
     """`asha` stops the worse trials at each rung; `none` trains every trial to the end."""
     mode: Literal["stop", "promote", "synchronous"] = "stop"
     """Rule by which trials pass a rung. `stop`: a trial that arrives is compared with those that
-    arrived before, and goes on at once or is stopped. `promote`: it pauses, and goes on only
-    while it is among the best 1/reduction_factor of those that have arrived; no trial is trained further than
-    its rank deserves. `synchronous`: all trials pause, and the best go on when the last one has
-    arrived, so that the decisions do not depend on which of them was faster.
+    arrived before, and goes on at once or is stopped. `promote`: it pauses, and goes on only while
+    it is among the best 1/reduction_factor of those that have arrived; no trial is trained further
+    than its rank deserves. `synchronous`: all trials pause, and the best go on when the last one
+    has arrived, so that the decisions do not depend on which of them was faster.
     """
     time_attr: Literal["samples", "step", "epoch"] = "samples"
     """Unit of max_t and grace_period: training rows (`samples`, the same amount of work for every

@@ -470,19 +470,12 @@ class Operator:
         )
         spec = get(job, "spec.rayClusterSpec")
         self.tokens[cluster] = secrets.token_hex(16)
-        head = self._head(job, cluster, spec)
         groups = [
             (group, index)
             for group in spec["workerGroupSpecs"]
             for index in range(group["replicas"])
         ]
-        workers = [self._worker(job, cluster, *one) for one in groups]
-        while not self._ready(cluster, [head, *workers]):
-            self._job(name)
-            if time.monotonic() - began > min(deadline, 180):
-                logs = "\n".join(pod.log[-2000:] for pod in (head, *workers))
-                raise AssertionError(f"the cluster did not come up: {logs}")
-            time.sleep(0.3)
+        head, *workers = self._bring_up(job, cluster, groups, began + min(deadline, 300))
         self._set(name, jobDeploymentStatus="Running", jobStatus="")
         tries = 1 + int(get(job, "spec.submitterConfig.backoffLimit") or 0)
         submitter = self._submitter(job, cluster, submission, tries)
@@ -532,6 +525,33 @@ class Operator:
                     "message": told.get("message") or "",
                 }
             time.sleep(0.5)
+
+    def _bring_up(
+        self, job: Tree, cluster: str, groups: list[tuple[Tree, int]], ends: float
+    ) -> list[Pod]:
+        """Start the head and the workers, and wait until all are ready.
+
+        Pods that end before that are started anew: on a slow machine Ray's client server gives up
+        after 30 seconds and takes the head with it.
+        """
+
+        def start() -> list[Pod]:
+            head = self._head(job, cluster, get(job, "spec.rayClusterSpec"))
+            return [head, *(self._worker(job, cluster, *one) for one in groups)]
+
+        pods, name = start(), job["metadata"]["name"]
+        while not self._ready(cluster, pods):
+            self._job(name)
+            if time.monotonic() > ends:
+                logs = "\n".join(pod.log[-2000:] for pod in pods)
+                self._set(name, jobDeploymentStatus="Failed", reason="AppFailed", message=logs)
+                raise AssertionError(f"the cluster did not come up: {logs}")
+            if any(pod.code is not None for pod in pods):
+                for pod in pods:
+                    self.kill(pod)
+                pods = start()
+            time.sleep(0.3)
+        return pods
 
     def _ask(self, cluster: str, path: str, method: str = "GET") -> Any:
         """Ray's dashboard, as the operator asks it."""

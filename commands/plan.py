@@ -25,6 +25,7 @@ from lorafleet.commands.common import (
     print_text,
 )
 from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.sites.placement import format_gpus
 from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials.packing import MIN_GAIN
 
@@ -411,7 +412,7 @@ def describe_plan(job_plan: Plan) -> list[str]:
     )
     cores, gpus = (
         format_count(placement.cpus_per_worker, "CPU core"),
-        format_count(placement.gpus_per_worker, "GPU"),
+        format_gpus(placement.gpus_per_worker, placement.trials_per_gpu),
     )
     each = f"{format_count(placement.workers, 'process')} with {cores} and {gpus}"
     lines = []

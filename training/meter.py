@@ -57,6 +57,18 @@ class Meter:
         }
 
 
+def limit_gpu_memory(processes: int) -> None:
+    """Limit this process to its share of its GPU's memory.
+
+    A trial that needs more then runs out of memory itself, and not the one beside it.
+
+    Args:
+        processes: Number of processes that share the GPU.
+    """
+    if processes > 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1 / processes)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new peak memory measurement.
 

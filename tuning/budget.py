@@ -26,7 +26,7 @@ class Budget:
         get_wall_seconds: Callable[[], float],
     ) -> None:
         self.spec, self.get_trial_seconds = spec, get_trial_seconds
-        self.gpus = placement.workers * placement.gpus_per_worker
+        self.gpus = placement.gpus
         self.get_wall_seconds = get_wall_seconds
 
     def describe_spent(self) -> str | None:

@@ -144,7 +144,7 @@ class TrainingDriver(Driver):
         placement = self.placement
         options = {
             "num_cpus": self._compute_cores(),
-            "num_gpus": placement.slots * placement.workers * placement.gpus_per_worker,
+            "num_gpus": placement.used_gpus,
             # Ray Train frees a stopped trial's workers only when the dashboard's state API is up.
             "include_dashboard": placement.is_distributed,
             # Ray would reserve a share of the memory, and nearly nothing goes through its object

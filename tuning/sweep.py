@@ -448,7 +448,7 @@ class Sweep(TrainingDriver):
             rung_steps=list(plan.rung_steps),
             total_steps=plan.total_steps,
             batch_rows=plan.batch_rows,
-            gpus=self.placement.workers * self.placement.gpus_per_worker,
+            gpus=self.placement.gpus,
             repeats=search.is_seed_repeat(self._searched_job, assignment),
         )
 
@@ -484,7 +484,7 @@ class Sweep(TrainingDriver):
             return build_distributed_trainable(work, self.placement)
         from lorafleet.tuning.trainable import WarmTrial
 
-        bundle = {"CPU": self.placement.cpus_per_worker, "GPU": self.placement.gpus_per_worker}
+        bundle = {"CPU": self.placement.cpus_per_worker, "GPU": self.placement.ray_gpus}
         labels = {"bundle_label_selector": [self.placement.labels]} if self.placement.labels else {}
         resources = tune.PlacementGroupFactory([bundle], **labels)
         return tune.with_resources(tune.with_parameters(WarmTrial, work=work), resources)

@@ -21,6 +21,7 @@ from lorafleet.training.meter import (
     free_unused_memory,
     get_memory_in_use_gib,
     is_out_of_memory,
+    limit_gpu_memory,
 )
 from lorafleet.training.model import Base, resolve_device
 from lorafleet.tuning.base_cache import BaseCache
@@ -59,6 +60,8 @@ class TrialHost:
         self.is_node_leaving = is_node_leaving
         os.chdir(work.run)
         set_up_cpu(work.threads)
+        if work.gpus:
+            limit_gpu_memory(work.job.resources.trials_per_gpu)
         self.bases = BaseCache(work.gpus)
         self.data = open_tokens(Path(work.tokens))
         self.setup_seconds = 0.0

@@ -98,6 +98,8 @@ def _find_refusal(
         return f"resources.pack is {job.resources.pack}"
     if total < 2:
         return "there is only one trial"
+    if placement.trials_per_gpu > 1:
+        return f"{placement.trials_per_gpu} processes share a GPU (resources.gpus_per_trial)"
     refusals = [find_packing_refusal(trial) for trial in trials]
     if all(refusals):
         return refusals[0]

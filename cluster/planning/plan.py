@@ -44,7 +44,7 @@ from lorafleet.jobs.runs.plan import (
     TrainingRate,
 )
 from lorafleet.jobs.schema.compatibility import WEIGHT_SHARDING_STRATEGIES, find_unsupported
-from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.job import JobSpec, ResourcesSpec
 from lorafleet.jobs.schema.precision import describe_planned_formats
 from lorafleet.jobs.schema.types import Assignment, Strategy
 from lorafleet.jobs.sites.base import LocalSite, Site
@@ -159,6 +159,12 @@ def _plan_arms(loaded: LoadedJob, site: Site, earlier: Sequence[EarlierTrial]) -
     with further seeds.
     """
     job = loaded.job
+    if job.resources.gpus_per_trial < 1:
+        sentence = (
+            f"resources.gpus_per_trial is {job.resources.gpus_per_trial:g}, but must be 1 in a "
+            "comparison: trials that share a GPU would change each other's times"
+        )
+        raise JobFileError(str(loaded.path), [Problem("resources.gpus_per_trial", sentence)])
     samples, note = _resolve_samples(job)
     plans = {}
     for name in arms.list_trained_arms(job):
@@ -317,7 +323,7 @@ def _build_plan(
         rows + final_trainings * max(plan.total_samples for plan in schedules)
         for rows in (worst, expected)
     )
-    notes += _find_too_large(estimates, site, cuda=cuda)
+    notes += _find_too_large(estimates, site, job.resources, cuda=cuda)
     speed = find_rate(
         earlier,
         trials,
@@ -362,8 +368,8 @@ def _build_plan(
                 worst_rows=worst,
             )
         ],
-        waste=describe_waste(job, site, placement, total, memory),
-        gpu_memory_gib=site.gpu_memory_gib if cuda else 0.0,
+        waste=describe_waste(job, site, placement, total, memory, is_packed=is_packed),
+        gpu_memory_gib=site.gpu_memory_gib / job.resources.trials_per_gpu if cuda else 0.0,
         checkpoint_gb=_estimate_checkpoint_gb(trials, inputs, final.slots * final.pack, cuda=cuda),
         strategy=_describe_strategy(final, reason, is_local=isinstance(site, LocalSite)),
         number_formats=describe_planned_formats(trials[0] if trials else job, cuda=cuda),
@@ -641,9 +647,11 @@ def _find_largest(estimates: list[MemoryEstimate | None]) -> MemoryEstimate | No
     )
 
 
-def _find_too_large(estimates: list[MemoryEstimate | None], site: Site, *, cuda: bool) -> list[str]:
-    """Return a message if trials are not expected to fit a GPU."""
-    gpu_memory_gib = site.gpu_memory_gib
+def _find_too_large(
+    estimates: list[MemoryEstimate | None], site: Site, resources: ResourcesSpec, *, cuda: bool
+) -> list[str]:
+    """Return a message if trials are not expected to fit a GPU, or their share of one."""
+    gpu_memory_gib = site.gpu_memory_gib / resources.trials_per_gpu
     if cuda and not gpu_memory_gib:
         return ["the memory of the GPUs is unknown, so the plan does not check whether trials fit"]
     too_large = [
@@ -653,9 +661,13 @@ def _find_too_large(estimates: list[MemoryEstimate | None], site: Site, *, cuda:
     ]
     if not too_large:
         return []
+    available, remedy = f"a GPU has {gpu_memory_gib:.1f}", ""
+    if resources.trials_per_gpu > 1:
+        available = f"its share of a GPU is {gpu_memory_gib:.1f}"
+        remedy = f"raise resources.gpus_per_trial from {resources.gpus_per_trial:g}, or "
     return [
         f"{len(too_large)} of {len(estimates)} trials are expected to need up to "
-        f"{max(too_large):.1f} GiB, but a GPU has {gpu_memory_gib:.1f}: use a smaller "
+        f"{max(too_large):.1f} GiB, but {available}: {remedy}use a smaller "
         "train.per_device_train_batch_size (with more accumulation), train.gradient_checkpointing, "
         "method: qlora, or strategy: fsdp"
     ]

@@ -10,12 +10,21 @@ from lorafleet.jobs.sites.base import Allocation, LocalSite, Node, Site
 from lorafleet.jobs.sites.placement import Placement, select_labelled_nodes
 from lorafleet.jobs.text import format_count
 
+_MAX_TRIALS_PER_GPU = 4
+"""Largest number of trials for a GPU that is advised: its compute is shared, not only its memory.
+"""
 _SMALL_SHARE = 0.5
 """A trial below this share of a GPU's memory, or of a cluster's cores, leaves enough to say so."""
 
 
 def describe_waste(
-    job: JobSpec, site: Site, placement: Placement, trials: int, memory: MemoryEstimate | None
+    job: JobSpec,
+    site: Site,
+    placement: Placement,
+    trials: int,
+    memory: MemoryEstimate | None,
+    *,
+    is_packed: bool = False,
 ) -> list[str]:
     """Return one message for each kind of resource that stays unused while all slots are busy.
 
@@ -25,6 +34,7 @@ def describe_waste(
         placement: The placement of the trials.
         trials: Number of trials.
         memory: Estimate of the largest trial.
+        is_packed: True if several trials share a process, and so its GPU's memory.
     """
     nodes = _select_nodes(site, placement)
     used_nodes = _count_used_nodes(nodes, placement)
@@ -33,7 +43,7 @@ def describe_waste(
         *_describe_idle_nodes(site, nodes, used_nodes, reason),
         *_describe_idle_gpus(job, nodes, used_nodes, placement, reason),
         *_describe_idle_cores(site, nodes, used_nodes, placement, reason),
-        *_describe_idle_gpu_memory(job, site, placement, memory),
+        *([] if is_packed else _describe_idle_gpu_memory(job, site, placement, memory)),
     ]
 
 
@@ -81,7 +91,7 @@ def _describe_idle_gpus(
     job: JobSpec, nodes: list[Node], used_nodes: int, placement: Placement, reason: str
 ) -> list[str]:
     available = sum(sorted((node.gpus for node in nodes), reverse=True)[:used_nodes])
-    used = placement.slots * placement.workers * placement.gpus_per_worker
+    used = placement.used_gpus
     if used >= available:
         return []
     if not placement.gpus_per_worker:
@@ -109,14 +119,21 @@ def _describe_idle_cores(
 def _describe_idle_gpu_memory(
     job: JobSpec, site: Site, placement: Placement, memory: MemoryEstimate | None
 ) -> list[str]:
-    total = site.gpu_memory_gib
-    if not placement.gpus_per_worker or memory is None or not total:
+    total = site.gpu_memory_gib / placement.trials_per_gpu
+    if not placement.gpus_per_worker or memory is None or not total or not memory.required:
         return []
     if memory.required >= _SMALL_SHARE * total:
         return []
     train = job.train
     accumulation = train.compute_accumulation_steps(job.resources.world_size)
     remedies = ["a smaller GPU costs less"]
+    fitting = min(_MAX_TRIALS_PER_GPU, math.floor(site.gpu_memory_gib / memory.required))
+    if placement.workers == 1 and placement.waves > 1 and placement.limited_by == "GPUs":
+        share = math.floor(100 / fitting) / 100
+        remedies.insert(
+            0,
+            f"set resources.gpus_per_trial to {share:g}, so that {fitting} trials share each GPU",
+        )
     if accumulation > 1:
         steps = (
             ""

@@ -178,7 +178,7 @@ class Plan(Spec):
     waste: list[str] = []
     """Messages about requested resources that the trials leave unused, each with a remedy."""
     gpu_memory_gib: float = 0.0
-    """Memory of one GPU of the site, in GiB; 0 on CPU or if unknown."""
+    """Memory of a GPU of the site, or of a trial's share of it, in GiB; 0 on CPU or if unknown."""
     checkpoint_gb: float | None = None
     """GB on disk of one checkpoint of all concurrent trials. The previous checkpoint is kept as
     well.

@@ -10,6 +10,7 @@ docs/job-file.md is generated from them.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -496,6 +497,10 @@ class ResourcesSpec(Spec):
     """Training processes on each node, one device each."""
     gpus_per_node: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs on each node. `auto`: one per worker if the machine has GPUs, else none."""
+    gpus_per_trial: float = Field(1.0, ge=0.01, le=1)
+    """GPUs of a trial of one process. 0.5: two trials run on each GPU, each in a process of its own
+    and with half of the GPU's memory. Use it for small trials that cannot be packed.
+    """
     cpus_per_worker: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """CPU cores, and therefore threads, of one training process. `auto`: the cores of
     this machine, divided by the trials that run at once; 1 on a cluster. Trials that start
@@ -529,6 +534,12 @@ class ResourcesSpec(Spec):
         return self.num_nodes * self.workers_per_node
 
     @property
+    def trials_per_gpu(self) -> int:
+        """Return the number of trials that share a GPU."""
+        # Not below what was meant: 1 / 0.1 is not exactly 10 for every such number.
+        return math.floor(1 / self.gpus_per_trial + 1e-9)
+
+    @property
     def min_cpus_per_worker(self) -> int:
         """Return the cores that a training process must have."""
         return 1 if self.cpus_per_worker == "auto" else self.cpus_per_worker
@@ -539,8 +550,7 @@ class ResourcesSpec(Spec):
         if isinstance(value, float) and not value.is_integer():
             sentence = (
                 f"resources.gpus_per_node is {value:g}, but must be a whole number: trials on a "
-                "shared GPU could exhaust each other's memory, and NCCL supports one process per "
-                "GPU"
+                "shared GPU are set with resources.gpus_per_trial"
             )
             raise SpecProblems([Problem("resources.gpus_per_node", sentence)])
         return value
@@ -567,9 +577,29 @@ class ResourcesSpec(Spec):
                     "GPU",
                 )
             )
+        if self.gpus_per_trial < 1:
+            problems += self._find_sharing_problems()
         if problems:
             raise SpecProblems(problems)
         return self
+
+    def _find_sharing_problems(self) -> list[Problem]:
+        """Return what contradicts trials that share a GPU."""
+        path = "resources.gpus_per_trial"
+        value = f"{path} is {self.gpus_per_trial:g}"
+        if self.trials_per_gpu == 1:
+            return [Problem(path, f"{value}, but must be 1, or at most 0.5: two trials on a GPU")]
+        reason = None
+        if self.device == "cpu" or self.gpus_per_node == 0:
+            reason = "the trials use no GPU"
+        elif self.world_size > 1:
+            reason = "a trial has several processes, and each of these needs a GPU of its own"
+        elif self.pack not in ("auto", "off", 1):
+            reason = (
+                f"resources.pack is {self.pack}: trials share a GPU either in one process (pack) "
+                "or in several (gpus_per_trial)"
+            )
+        return [Problem(path, f"{value}, but must be 1: {reason}")] if reason else []
 
 
 class RetriesSpec(Spec):

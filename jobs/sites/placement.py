@@ -21,6 +21,8 @@ from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.jobs.sites.slurm import SlurmSite
 from lorafleet.jobs.text import format_count
 
+_RAY_GPU_PARTS = 10_000
+"""Ray counts GPUs in parts of this size."""
 _MAX_NODES_SHOWN = 8
 """Maximum number of machines that a message lists."""
 
@@ -34,22 +36,23 @@ class Share(NamedTuple):
     """CPU cores on each machine."""
     gpus: int
     """GPUs on each machine."""
+    trials_per_gpu: int = 1
+    """Trials that share a GPU."""
 
     def count_on(self, node: Node) -> int:
         """Return how many such shares fit on a machine.
 
         A machine without CPU cores, such as a head node, holds none, whatever GPUs it has.
         """
-        return min(
-            node.cpus // self.cpus, node.gpus // self.gpus if self.gpus else node.cpus // self.cpus
-        )
+        by_cpus = node.cpus // self.cpus
+        if not self.gpus:
+            return by_cpus
+        return min(by_cpus, node.gpus // self.gpus * self.trials_per_gpu)
 
     def __str__(self) -> str:
-        each = (
-            _format_cores_and_gpus(self.cpus, self.gpus)
-            if self.gpus
-            else format_count(self.cpus, "CPU core")
-        )
+        each = format_count(self.cpus, "CPU core")
+        if self.gpus:
+            each += f" and {format_gpus(self.gpus, self.trials_per_gpu)}"
         return f"{self.nodes} nodes x {each}" if self.nodes > 1 else each
 
 
@@ -99,7 +102,9 @@ class Placement(Spec):
     has_auto_cpus: bool = False
     """True if `cpus_per_worker` is a share of the cores, and may change with the machines."""
     gpus_per_worker: int = Field(ge=0, le=1)
-    """GPUs of each training process."""
+    """GPUs of each training process; 1 if trials share a GPU."""
+    trials_per_gpu: int = Field(1, ge=1)
+    """Trials that share a GPU, each in a process of its own."""
     labels: dict[str, str] = {}
     """Ray labels that each machine of a trial must have."""
     strategy: Strategy = "ddp"
@@ -151,7 +156,36 @@ class Placement(Spec):
     def share(self) -> Share:
         """Return the resources that one trial takes on each of its machines."""
         each = self.workers // self.num_nodes
-        return Share(self.num_nodes, each * self.cpus_per_worker, each * self.gpus_per_worker)
+        return Share(
+            self.num_nodes,
+            each * self.cpus_per_worker,
+            each * self.gpus_per_worker,
+            self.trials_per_gpu,
+        )
+
+    @property
+    def gpus(self) -> float:
+        """Return the GPUs of a trial, for cost."""
+        return self.workers * self.gpus_per_worker / self.trials_per_gpu
+
+    @property
+    def ray_gpus(self) -> float:
+        """Return the GPUs of a training process as Ray counts them, in ten-thousandths."""
+        if self.trials_per_gpu == 1:
+            return self.gpus_per_worker
+        return math.floor(_RAY_GPU_PARTS / self.trials_per_gpu) / _RAY_GPU_PARTS
+
+    @property
+    def used_gpus(self) -> int:
+        """Return the number of GPUs on which trials run if all slots are busy."""
+        return math.ceil(self.slots / self.trials_per_gpu) * self.workers * self.gpus_per_worker
+
+
+def format_gpus(gpus: int, trials_per_gpu: int) -> str:
+    """Return the GPUs of a process: `1 GPU`, or `1/2 of a GPU` if trials share it."""
+    if gpus and trials_per_gpu > 1:
+        return f"1/{trials_per_gpu} of a GPU"
+    return format_count(gpus, "GPU")
 
 
 def count_concurrent_trials(nodes: Sequence[Node], share: Share) -> int:
@@ -193,7 +227,17 @@ def compute_placement(
             "use search.budget.wall_hours"
         )
     per_node = resources.workers_per_node
-    share = Share(resources.num_nodes, per_node * resources.min_cpus_per_worker, per_node * gpus)
+    if resources.gpus_per_trial < 1 and not gpus:
+        raise PlacementRefused(
+            f"resources.gpus_per_trial is {resources.gpus_per_trial:g}, but {site.display_name} "
+            "has no usable GPU"
+        )
+    share = Share(
+        resources.num_nodes,
+        per_node * resources.min_cpus_per_worker,
+        per_node * gpus,
+        resources.trials_per_gpu,
+    )
     nodes = select_labelled_nodes(site.nodes, resources.label_selector)
     _check_trial_fits(site, nodes, share, resources.label_selector)
     # CPU cores are counted without the GPUs, so that `limited_by` names what is scarcest. Of equal
@@ -215,6 +259,7 @@ def compute_placement(
         cpus_per_worker=_choose_cpus(resources, site, nodes, share, slots),
         has_auto_cpus=resources.cpus_per_worker == "auto" and isinstance(site, LocalSite),
         gpus_per_worker=gpus,
+        trials_per_gpu=resources.trials_per_gpu,
         labels=resources.label_selector,
         strategy=strategy,
         slots=slots,
@@ -353,9 +398,7 @@ def fit_placement(placement: Placement, nodes: Sequence[Node]) -> tuple[Placemen
 
 
 def _resolve_gpus_per_worker(job: JobSpec, site: Site) -> int:
-    """Return the number of GPUs of each training process: 1 or 0.
-
-    Fractions do not exist: ResourcesSpec refuses them.
+    """Return the number of GPUs of each training process: 1 or 0, also where trials share one.
 
     Raises:
         PlacementRefused: The job requires GPUs and the site has none.

@@ -74,6 +74,24 @@ def estimate(gib: float, measured: float | None = None) -> MemoryEstimate:
             ["a trial needs about 3.1 GiB of a GPU's 80.0: a smaller GPU costs less"],
         ),
         (
+            make_site(1, 16, 4, 80),
+            12,
+            {},
+            25,
+            [
+                "a trial needs about 25.0 GiB of a GPU's 80.0: set resources.gpus_per_trial to "
+                "0.33, so that 3 trials share each GPU; a smaller GPU costs less"
+            ],
+        ),
+        (make_site(1, 16, 4, 80), 12, {"gpus_per_trial": 0.33}, 25, []),
+        (
+            make_site(1, 16, 4, 80),
+            3,
+            {"gpus_per_trial": 0.5},
+            25,
+            ["2 of 4 GPUs stay idle, because there are only 3 trials: request fewer GPUs"],
+        ),
+        (
             make_site(1, 32),
             2,
             {},
@@ -105,6 +123,9 @@ def estimate(gib: float, measured: float | None = None) -> MemoryEstimate:
         "three-of-eight",
         "cpu",
         "small-trials",
+        "small-trials-in-turn",
+        "shared-gpus",
+        "few-trials-on-shared-gpus",
         "idle-cores",
         "this-machine",
         "labelled-machines",

@@ -51,6 +51,34 @@ def places(*scores: float, goal: Goal = "maximize") -> list[rungs.RungScore]:
     return [rungs.make_rung_score(score, 0.5, goal) for score in scores]
 
 
+@pytest.mark.parametrize(
+    ("part", "trials_per_gpu"),
+    [(1, 1), (0.5, 2), (0.34, 2), (0.33, 3), (0.2, 5), (0.1, 10), (0.01, 100)],
+)
+def test_trials_share_gpus(part: float, trials_per_gpu: int, bert_job: JobMaker) -> None:
+    """Two machines with 2 GPUs each; the parts of one GPU are never more than the GPU."""
+    nodes = tuple(Node(name=name, cpus=256, memory_gib=512, gpus=2) for name in ("a", "b"))
+    site = RaySite(address="auto", nodes=nodes, gpu_memory_gib=80)
+    job = bert_job(resources__gpus_per_trial=part).job
+    placement = compute_placement(job, site, 1000, 0.1)
+    assert placement.slots == 4 * trials_per_gpu
+    assert placement.used_gpus == 4
+    assert placement.ray_gpus * trials_per_gpu <= 1
+    assert placement.ray_gpus * trials_per_gpu == pytest.approx(1, abs=0.01)
+    assert placement.gpus == pytest.approx(1 / trials_per_gpu)
+    assert placement.model_validate_json(placement.model_dump_json()) == placement
+    few, message = fit_placement(placement, nodes[:1])
+    if trials_per_gpu > 1:
+        assert f"1 CPU core and 1/{trials_per_gpu} of a GPU" in str(message)
+    assert few.slots == 2 * trials_per_gpu
+
+
+def test_a_part_of_a_gpu_needs_a_gpu(bert_job: JobMaker) -> None:
+    job = bert_job(resources__gpus_per_trial=0.5).job
+    with pytest.raises(PlacementRefused, match=r"gpus_per_trial is 0.5, but this machine has no"):
+        compute_placement(job, LocalSite(cpus=8, memory_gib=16), 4, 0.1)
+
+
 def fill(scores: list[rungs.RungScore]) -> rungs.Rung:
     """A rung with scores of trials "0", "1", ... in the order of their arrival."""
     rung = rungs.Rung()

@@ -505,7 +505,8 @@ _MODES = {
 def _describe_slots(placement: Placement) -> str:
     """Return how many trials run in parallel."""
     if placement.pack > 1:
-        return f"up to {format_count(placement.pack, 'trial')} at once in one process"
+        where = "one process" if placement.slots == 1 else f"each of {placement.slots} processes"
+        return f"up to {format_count(placement.pack, 'trial')} at once in {where}"
     return f"{format_count(placement.slots, 'trial')} in parallel"
 
 
@@ -517,6 +518,8 @@ def _describe_packing(job_plan: Plan) -> list[str]:
     if packing.trials == 1:
         return [f"packing         none: {packing.reason}"]
     text = f"{format_count(packing.trials, 'trial')} share a base, {packing.reason}"
+    if packing.processes > 1:
+        text = f"in each of {packing.processes} processes, {text}"
     if packing.tokens is not None:
         text += f"; a micro-batch of one has about {format_count(packing.tokens, 'token')}"
     if packing.memory_gib is not None:

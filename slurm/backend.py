@@ -25,6 +25,7 @@ from lorafleet.cluster.execution.allocation import read_starts
 from lorafleet.cluster.execution.node import request_stop
 from lorafleet.cluster.fetch import fetch_asset, fetch_job
 from lorafleet.cluster.planning.earlier_runs import read_earlier_trials
+from lorafleet.cluster.planning.packing import unpack_plan
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.planning.waste import describe_waste
 from lorafleet.cluster.submission import (
@@ -774,6 +775,7 @@ def check_array(job: JobSpec, site: str) -> None:
 
 def _limit_to_tasks(plan: Plan, site: SlurmSite, max_running: int) -> Plan:
     """Return the plan of a job array: each task has its own trials, on a node of its own."""
+    plan = unpack_plan(plan, "each task of a job array trains its own trials, each in a process")
     trials = min(len(plan.trials), site.array.trials_per_task)
     plan_tasks = math.ceil(len(plan.trials) / trials)
     slots = min(plan.placement.slots, trials)

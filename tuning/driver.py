@@ -117,8 +117,7 @@ class TrainingDriver(Driver):
             files.write_json(self.run.path / "logs" / "ray.json", session.to_dict() | node)
             # An autoscaler adds machines when trials wait for them, so the machines of this moment
             # are no limit.
-            if address and not os.environ.get("LF_AUTOSCALES"):
-                self._fit_placement(parse_nodes(ray.nodes()))
+            self._fit_to_cluster()
             yield session
 
     @contextlib.contextmanager
@@ -157,6 +156,16 @@ class TrainingDriver(Driver):
         """Return the environment variables of Ray's worker processes."""
         environment = _ENVIRONMENT | _RAY_ENVIRONMENT | build_worker_environment(os.environ)
         return environment | self.job.environment
+
+    def _fit_to_cluster(self) -> None:
+        """Fit the placement to the nodes that are up.
+
+        A Ray of this driver has what was asked for, and an autoscaler adds what is missing.
+        """
+        import ray
+
+        if os.environ.get("RAY_ADDRESS") and not os.environ.get("LF_AUTOSCALES"):
+            self._fit_placement(parse_nodes(ray.nodes()))
 
     def _fit_placement(self, nodes: tuple[Node, ...]) -> None:
         """Reduce the number of parallel trials to what the cluster's nodes hold.

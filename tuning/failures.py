@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import time
 import traceback
 from pathlib import Path
 
@@ -140,15 +141,24 @@ def save_traceback(run: Path, trial_id: str, error: BaseException) -> None:
 
 
 def classify_crash(output: str, trial: Trial) -> FailureRecord:
-    """Return the failure of a process that ended without a report.
-
-    It is derived from Ray's output and the files in the trial's folder, in this order:
-    failures that the processes sent with `WorkerUnusable`, stacks of a hang, then Ray's own
-    words.
+    """Return the failure of a trial's process that ended without a report.
 
     Args:
         output: The text that Ray wrote about the process's end.
         trial: Stacks of a hang are renamed in its folder, so that they are kept.
+    """
+    return classify_crash_output(output, classify_hang(trial))
+
+
+def classify_crash_output(output: str, hang: FailureRecord | None) -> FailureRecord:
+    """Return the failure of a process that ended without a report.
+
+    It is derived from failures that the processes sent with `WorkerUnusable`, then from stacks
+    of a hang, then from Ray's own words.
+
+    Args:
+        output: The text that Ray wrote about the process's end.
+        hang: The failure if the process left stacks.
 
     Returns:
         The failure; its class is DISK_FULL if a process reported that it could not write.
@@ -157,7 +167,6 @@ def classify_crash(output: str, trial: Trial) -> FailureRecord:
         FailureRecord.model_validate_json(base64.b64decode(text))
         for text in re.findall(re.escape(_FAILURE_MARKER) + r"([A-Za-z0-9+/=]+)", output)
     ]
-    hang = classify_hang(trial)
     # When a hanging process is ended, the others report a lost peer: the stacks show that the hang
     # came first.
     causes = [
@@ -214,6 +223,23 @@ def classify_hang(trial: Trial) -> FailureRecord | None:
     sentence = (
         "it hung (no progress for retries.hang_minutes); the stacks of its processes are in "
         f"{', '.join(stacks)} of the trial"
+    )
+    return _make_failure("hang", sentence)
+
+
+def classify_pack_hang(stacks: Path) -> FailureRecord | None:
+    """Return the failure of a pack whose process left stacks; None if there are none.
+
+    Args:
+        stacks: The file of that process. It is renamed, so that a later hang keeps it.
+    """
+    if not stacks.is_file() or not stacks.stat().st_size:
+        return None
+    kept = stacks.with_name(f"{stacks.stem}-{time.strftime('%Y%m%d-%H%M%S')}{stacks.suffix}")
+    stacks.rename(kept)
+    sentence = (
+        "it hung (no progress for retries.hang_minutes); the stacks of its process are in "
+        f"logs/{kept.name} of the run"
     )
     return _make_failure("hang", sentence)
 

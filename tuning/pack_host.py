@@ -16,7 +16,7 @@ from lorafleet.jobs.errors import TrainingFailure, make_disk_full_error
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials import sampling as search
-from lorafleet.jobs.trials.packing import build_pack_key, find_packing_refusal
+from lorafleet.jobs.trials.packing import build_pack_key, find_lone_reason
 from lorafleet.training.cpu import set_up_cpu
 from lorafleet.training.meter import free_unused_memory, is_out_of_memory
 from lorafleet.training.packed.group import PackedGroup
@@ -30,7 +30,12 @@ from lorafleet.tuning.failures import (
 )
 from lorafleet.tuning.trial_host import TrialHost
 from lorafleet.tuning.trial_report import TrialReport, WorkerInfo
-from lorafleet.tuning.trial_run import HEARTBEAT_SECONDS, EvaluationAborted, TrialRun
+from lorafleet.tuning.trial_run import (
+    HEARTBEAT_SECONDS,
+    NOTICE_SECONDS,
+    EvaluationAborted,
+    TrialRun,
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,13 @@ class PackHost:
     Args:
         host: A host without a trial, for its base and data.
         warn: Called with a sentence about the pack for the report of the run.
+        stacks: File of the run for the stacks of this process if it hangs.
     """
 
-    def __init__(self, host: TrialHost, size: PackSize, warn: Callable[[str], None]) -> None:
-        self.host, self.size, self.warn = host, size, warn
+    def __init__(
+        self, host: TrialHost, size: PackSize, warn: Callable[[str], None], stacks: Path
+    ) -> None:
+        self.host, self.size, self.warn, self.stacks = host, size, warn, stacks
         self.trials_per_pass = size.trials_per_pass
         self.group: PackedGroup | None = None
         self._key: Hashable = None
@@ -79,6 +87,9 @@ class PackHost:
         self._watchdog: Watchdog | None = None
         self._beat_at = time.monotonic()
         self._is_stopping = False
+        self._asked_node_at = time.monotonic()
+        self.is_node_leaving = False
+        """Whether this machine will be preempted: all trials save and end, and none may enter."""
         # After a failed entry, the base may have the remains of an adapter in it. The trials that
         # are here replace all of its adapted layers; no other one may follow on it.
         self._must_drop_base = False
@@ -98,7 +109,7 @@ class PackHost:
         if self.is_empty:
             return True
         job = self._build_job(config)
-        if self.group is None or alone or self._find_refusal(job) is not None:
+        if self.group is None or alone or find_lone_reason(job, self.size.max_rank) is not None:
             return False
         if self._must_drop_base:
             return False
@@ -106,12 +117,6 @@ class PackHost:
 
     def _build_job(self, config: dict[str, Any]) -> JobSpec:
         return search.build_trial_job(self.host.work.job, config["assignment"])
-
-    def _find_refusal(self, job: JobSpec) -> str | None:
-        """Return why a trial is trained alone, or None."""
-        if job.lora.lora_r > self.size.max_rank:
-            return f"its rank is above that of the pack, {self.size.max_rank}"
-        return find_packing_refusal(job)
 
     def enter(self, config: dict[str, Any], *, alone: bool) -> None:
         """Begin a trial, or continue it from its checkpoint. An error becomes its next report.
@@ -131,7 +136,7 @@ class PackHost:
     def _open(self, member: _Member, *, alone: bool) -> None:
         host, config = self.host, member.config
         job = self._build_job(config)
-        is_alone = alone or self._find_refusal(job) is not None
+        is_alone = alone or find_lone_reason(job, self.size.max_rank) is not None
         if self.group is None:
             set_up_cpu(config["threads"])
         member.run = TrialRun(
@@ -139,6 +144,7 @@ class PackHost:
         )
         base = host.bases.get(member.run.job, len(host.data.labels))
         if is_alone:
+            member.run.leaving_soon = host.is_node_leaving
             member.run.open(base)
             return
         if self.group is None:
@@ -155,9 +161,8 @@ class PackHost:
     def _get_watchdog(self) -> Watchdog:
         """Return the watchdog of the pack: a process has only one."""
         if self._watchdog is None:
-            work = self.host.work
-            stacks = Path(work.run) / "logs" / "pack-stacks.txt"
-            self._watchdog = Watchdog(stacks, 60 * work.job.retries.hang_minutes)
+            minutes = self.host.work.job.retries.hang_minutes
+            self._watchdog = Watchdog(self.stacks, 60 * minutes)
         return self._watchdog
 
     def step(self) -> list[tuple[str, TrialReport]]:
@@ -262,6 +267,15 @@ class PackHost:
                 member.error = error
 
     def _check_for_stop(self) -> None:
+        """Tell the trials to save and end if the run must stop or this machine is preempted."""
+        now = time.monotonic()
+        if now - self._asked_node_at > NOTICE_SECONDS:
+            self._asked_node_at = now
+            self.is_node_leaving = self.is_node_leaving or self.host.is_node_leaving()
+        if self.is_node_leaving:
+            for member in self._members.values():
+                if member.run is not None:
+                    member.run.leaving = True
         if self.host.work.is_stop_requested():
             for member in self._members.values():
                 if member.run is not None:
@@ -272,7 +286,7 @@ class PackHost:
         """Reset the watchdog, and abort an evaluation if the run stops."""
         self._get_watchdog().reset()
         self._check_for_stop()
-        if self._is_stopping:
+        if self._is_stopping or self.is_node_leaving:
             raise EvaluationAborted
 
     def _evaluate(self, over: list[_Member]) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from lorafleet.cluster.execution.supervisor import RestartNeeded
 from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs import files
-from lorafleet.jobs.runs.events import NoteEvent
 from lorafleet.jobs.runs.plan import PackingPlan
 from lorafleet.jobs.runs.records import PackRecord
 from lorafleet.jobs.runs.run import Run
@@ -36,7 +35,7 @@ def choose_pack(
     """Return how many trials this process trains at once.
 
     The first attempt measures it, and the others read its record: a trial is trained in the same
-    way over all attempts.
+    way over all attempts. One process measures for all that train packs.
 
     Args:
         packing: What the plan allows.
@@ -52,7 +51,6 @@ def choose_pack(
     else:
         record = _choose_after_crash(record)
     _write(run, record)
-    run.add_event(NoteEvent(sentence=_describe(record)))
     return record
 
 
@@ -81,7 +79,7 @@ def _choose_after_crash(record: PackRecord) -> PackRecord:
     )
 
 
-def _describe(record: PackRecord) -> str:
+def describe_pack(record: PackRecord) -> str:
     """Return the note of the report."""
     if record.trials == 1:
         return f"trains {record.sentence}"
@@ -140,7 +138,8 @@ def _measure(
     alone = None
     if packing.is_measured:
         # Processes beside each other are at most as fast as each of them alone.
-        alone = unpacked.slots * measure_alone(sample, unpacked.cpus_per_worker)
+        beside = unpacked.slots // packing.processes
+        alone = beside * measure_alone(sample, unpacked.cpus_per_worker)
 
     def record_count(count: int, speeds: dict[int, float]) -> None:
         # If this process dies, the next one knows what was too much.

@@ -5,7 +5,6 @@ The recorder records each result and decides; the scheduler passes the decision 
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from ray.tune.experiment import Trial as TuneTrial
@@ -14,15 +13,12 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from lorafleet.jobs.runs.run import Run, TrialState
 from lorafleet.tuning.failures import classify_crash, save_crash_output
 from lorafleet.tuning.held_out import MAX_TRIES
+from lorafleet.tuning.preemption import EndOfRun
 from lorafleet.tuning.recorder import Recorder
 from lorafleet.tuning.searcher import ProposalSearcher
 from lorafleet.tuning.trial_report import EvaluationReport, TrialReport
 from lorafleet.tuning.trial_table import TrackedTrial
 
-_STOP_FILE_SECONDS = 1.5
-"""Seconds that the stop file may take to appear after a process was lost."""
-_LOSS_SECONDS = 2.0
-"""Seconds after a lost process in which another one counts as lost with it, as with their node."""
 _LOST_EVALUATION = f"its process died or hung {MAX_TRIES} times"
 
 
@@ -43,7 +39,7 @@ class RungScheduler(FIFOScheduler):
         super().__init__()
         self.recorder, self.searcher = recorder, searcher
         self.ends_itself = ends_itself
-        self._lost_at = -_LOSS_SECONDS
+        self._end_of_run = EndOfRun(searcher.stop_file)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune saves it and nothing reads that: a resume starts from the run's own files.
@@ -98,25 +94,11 @@ class RungScheduler(FIFOScheduler):
         if _has_left(run_trial) or trial.status == TuneTrial.ERROR:
             return  # Tune may call this twice, the second time with the status already changed
         failure = classify_crash(save_crash_output(run_trial, trial.error_file), run_trial)
-        if failure.failure_class == "worker_lost" and self._is_run_ending():
+        if failure.failure_class == "worker_lost" and self._end_of_run.has_begun():
             # The run is ending, so the trial did not fail and no retry is spent.
             run_trial.set_state(TrialState.PENDING, reason="interrupted")
         else:
             self.recorder.record_crash(run_trial, failure)
-
-    def _is_run_ending(self) -> bool:
-        """Return whether the run is asked to stop.
-
-        Waits a moment for the stop file, because a queue that ends a job signals its processes
-        in no particular order. When many processes are lost at once, it waits for the first only.
-        """
-        stop_file = self.searcher.stop_file
-        if time.monotonic() - self._lost_at > _LOSS_SECONDS:
-            deadline = time.monotonic() + _STOP_FILE_SECONDS
-            while not stop_file.path.exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
-        self._lost_at = time.monotonic()
-        return stop_file.path.exists()
 
     def _get_run_trial(self, trial: TuneTrial) -> TrackedTrial:
         """Return the run's trial for one of Tune's trials."""

@@ -16,13 +16,20 @@ from lorafleet.cluster.execution.supervisor import Restart
 from lorafleet.evaluation.render.write import write_report
 from lorafleet.jobs import files
 from lorafleet.jobs.data.rows import forget_rows
-from lorafleet.jobs.errors import DiskFull, ExitCode, RunError, make_disk_full_error
+from lorafleet.jobs.errors import (
+    DiskFull,
+    ExitCode,
+    PlacementRefused,
+    RunError,
+    make_disk_full_error,
+)
 from lorafleet.jobs.runs.events import NoteEvent, SearchEvent
 from lorafleet.jobs.runs.plan import PackingPlan
 from lorafleet.jobs.runs.records import PackRecord
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.types import Assignment
+from lorafleet.jobs.sites.base import Node
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.defaults import resolve_learning_rate
 from lorafleet.jobs.trials.sampling import list_planned_assignments
@@ -81,10 +88,7 @@ class Sweep(TrainingDriver):
         # Closed when Ray has ended: nothing is kept waiting for W&B but this process.
         with self.trackers:
             if self.trains_in_process and not self._run_in_process():
-                # The trials are not packed after all, and several processes train them.
-                assert self.packing is not None
-                assert self.packing.unpacked is not None
-                self.placement = self.packing.unpacked
+                self._unpack()
             if not self.trains_in_process:
                 self._run_with_ray(attempt)
         # Raised only here, after Ray has stopped: the trials have saved what they could.
@@ -110,10 +114,8 @@ class Sweep(TrainingDriver):
         if packing is not None and self.placement.pack > 1 and not self.stop_file.exists():
             from lorafleet.tuning.pack_size import choose_pack
 
-            self._record_phase("measuring how many trials fit together")
-            pack = choose_pack(
-                self.run, packing, self._list_known_jobs(), host, self.placement.cpus_per_worker
-            )
+            with self._record_pack_choice() as jobs:
+                pack = choose_pack(self.run, packing, jobs, host, self.placement.cpus_per_worker)
             if pack.trials == 1 and not self._unpacked_fits_here:
                 return False
         if not self.stop_file.exists():
@@ -121,6 +123,41 @@ class Sweep(TrainingDriver):
         if not self.stop_file.exists() and self.judges:
             self._evaluate_in_process(data, host.bases)
         return True
+
+    @contextlib.contextmanager
+    def _record_pack_choice(self) -> Iterator[list[JobSpec]]:
+        """Record what is measured and, at the end, the choice of an attempt that has made it.
+
+        Yields the jobs of the trials that are known before the search.
+        """
+        from lorafleet.tuning.pack_size import describe_pack
+
+        self._record_phase("measuring how many trials fit together")
+        earlier = self.run.read_pack()
+        yield self._list_known_jobs()
+        record = self.run.read_pack()
+        if record is not None and (earlier is None or earlier.measuring is not None):
+            self.run.add_event(NoteEvent(sentence=describe_pack(record)))
+
+    def _unpack(self) -> None:
+        """Place the trials as if they had never been packed: each in a process of its own."""
+        assert self.packing is not None
+        assert self.packing.unpacked is not None
+        self.placement = self.packing.unpacked
+
+    def _fit_placement(self, nodes: tuple[Node, ...]) -> None:
+        """Reduce the number of processes to what the cluster's nodes hold.
+
+        Raises PlacementRefused if they cannot hold a single trial.
+        """
+        try:
+            super()._fit_placement(nodes)
+        except PlacementRefused:
+            # The machines are smaller than the plan says: one trial may still fit.
+            if self.placement.pack == 1:
+                raise
+            self._unpack()
+            super()._fit_placement(nodes)
 
     def _list_known_jobs(self) -> list[JobSpec]:
         """Return the jobs of the trials that are known before the search."""
@@ -146,22 +183,55 @@ class Sweep(TrainingDriver):
                 # data.
                 if not ray_session.started_by_driver:
                     check_nodes(self.run.path, data.folder, self.job)
-                if not self.stop_file.exists():
+                if not self.stop_file.exists() and not self._search_with_packs(data):
                     self._search_with_ray(attempt, data)
                 uses_pool = not self.evaluates_in_process
-                if self._must_evaluate_groups and uses_pool:
+                if self._evaluates_later and uses_pool:
                     self._evaluate_in_pool(data)
-        if self._must_evaluate_groups and not uses_pool:
+        if self._evaluates_later and not uses_pool:
             self._evaluate_in_process(data)
 
     @property
-    def _must_evaluate_groups(self) -> bool:
-        """Return whether the finalists were trained by groups of processes, and are left to
-        evaluate.
+    def _evaluates_later(self) -> bool:
+        """Return whether the finalists were trained by groups of processes or in packs, and are
+        left to evaluate.
 
         Warm actors have evaluated their finalists before the search ends.
         """
-        return self.placement.is_distributed and self.judges and not self.stop_file.exists()
+        were_evaluated = not self.placement.is_distributed and self.placement.pack == 1
+        return not were_evaluated and self.judges and not self.stop_file.exists()
+
+    def _search_with_packs(self, data: TokenData) -> bool:
+        """Run the trials that are left in packs of several processes of Ray.
+
+        Returns:
+            False if nothing was done, because the trials are not packed.
+        """
+        if self.placement.pack == 1:
+            return False
+        assert self.packing is not None
+        from lorafleet.tuning.pack_host import PackSize
+        from lorafleet.tuning.pack_pool import PackPool
+
+        with open_exchange(self.progress, self.stop_request) as exchange:
+            work = self._build_work(data, RayLink(exchange.actor))
+            pool = PackPool(work, self.placement, exchange, self._add_note)
+            with self._record_pack_choice() as jobs:
+                pack = pool.choose(self.run, self.packing, jobs)
+            if pack.trials > 1:
+                size = PackSize(pack.trials, pack.trials_per_pass, pack.max_rank)
+                max_open = self.placement.slots * pack.trials
+                with self._open_search(data, max_open) as (queue, recorder):
+                    pool.run(size, queue, recorder, lambda: self._tick(recorder.ledger))
+            pool.close()
+        if pack.trials > 1:
+            return True
+        self._unpack()
+        self._fit_to_cluster()
+        return False
+
+    def _add_note(self, sentence: str) -> None:
+        self.run.add_event(NoteEvent(sentence=sentence))
 
     def _read_data(self) -> Any:
         """Return the rows as tokens, and write their metadata to facts.json.
@@ -221,8 +291,8 @@ class Sweep(TrainingDriver):
                 run_trials(host, queue, recorder, tick)
                 return
             size = PackSize(trials, pack.trials_per_pass, pack.max_rank)
-            warn = lambda sentence: self.run.add_event(NoteEvent(sentence=sentence))  # noqa: E731
-            run_packed_trials(PackHost(host, size, warn), queue, recorder, tick)
+            stacks = self.run.path / "logs" / "pack-stacks.txt"
+            run_packed_trials(PackHost(host, size, self._add_note, stacks), queue, recorder, tick)
 
     def _search_with_ray(self, attempt: int, data: TokenData) -> None:
         """Run the trials that are left through Ray Tune."""
@@ -401,7 +471,10 @@ class Sweep(TrainingDriver):
 
         placement = self.placement
         takes_idle = (
-            placement.has_auto_cpus and not placement.is_distributed and not self.is_on_cluster
+            placement.has_auto_cpus
+            and not placement.is_distributed
+            and placement.pack == 1
+            and not self.is_on_cluster
         )
         return ThreadShare(placement.cpus_per_worker, placement.slots, takes_idle)
 

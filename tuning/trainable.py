@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import ray
 from ray import tune
 
 from lorafleet.training.cpu import set_up_cpu
 from lorafleet.tuning.held_out import Evaluator, build_evaluation
+from lorafleet.tuning.preemption import is_node_leaving
 from lorafleet.tuning.trial_host import TrialHost
 from lorafleet.tuning.trial_report import EvaluationReport
 from lorafleet.tuning.trial_run import Work
@@ -33,7 +33,7 @@ class WarmTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], work: Work) -> None:
         """Import the libraries and, for a trial, load its base."""
-        self.host = TrialHost(work, _is_node_leaving)
+        self.host = TrialHost(work, is_node_leaving)
         self.evaluator = Evaluator(work, self.host.bases)
         if "trial_id" in config:
             self.host.set_up(config)
@@ -78,12 +78,3 @@ class WarmTrial(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Do nothing: see `save_checkpoint`."""
-
-
-def _is_node_leaving() -> bool:
-    """Return whether Ray announced that this machine will be preempted.
-
-    Ray Train checks it in the same way; Tune has no API for it.
-    """
-    node: str = ray.get_runtime_context().get_node_id()
-    return node in (ray._private.state.state.get_draining_nodes() or {})

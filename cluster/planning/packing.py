@@ -1,14 +1,13 @@
-"""Plan how many trials a sweep trains at once in one process. Pure."""
+"""Plan how many trials a sweep trains at once in a process. Pure."""
 
 from __future__ import annotations
 
 import math
 
-from lorafleet.jobs.runs.plan import MemoryEstimate, PackingPlan
+from lorafleet.jobs.runs.plan import MemoryEstimate, PackingPlan, Plan
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.sites.base import LocalSite, Site
-from lorafleet.jobs.sites.placement import Placement
-from lorafleet.jobs.text import format_count
+from lorafleet.jobs.sites.base import Site
+from lorafleet.jobs.sites.placement import Placement, select_labelled_nodes
 from lorafleet.jobs.trials.packing import (
     MAX_AUTO_TRIALS,
     build_pack_key,
@@ -30,7 +29,7 @@ def plan_packing(
     memory: MemoryEstimate | None,
     tokens: int | None,
 ) -> PackingPlan:
-    """Return how many trials of a search are trained at once in one process.
+    """Return how many trials of a search are trained at once in a process.
 
     Args:
         job: The job of the search.
@@ -41,37 +40,67 @@ def plan_packing(
         tokens: Tokens of a micro-batch of one trial, without padding; None if unknown.
     """
     pack = job.resources.pack
-    refusal = _find_refusal(job, trials, total, site, placement)
+    processes, cpus = _count_processes(site, placement)
+    refusal = _find_refusal(job, trials, total, placement)
     is_measured = pack == "auto"
     if refusal is None and is_measured and not placement.gpus_per_worker:
         refusal = describe_full_cpu(tokens)
     if refusal is not None:
         return PackingPlan(reason=refusal, tokens=tokens)
-    limits = {"trials": total, "resources.pack": MAX_AUTO_TRIALS if is_measured else int(pack)}
+    limits = {
+        "trials": math.ceil(total / processes),
+        "resources.pack": MAX_AUTO_TRIALS if is_measured else int(pack),
+    }
     if job.search and job.search.max_concurrent_trials:
-        limits["search.max_concurrent_trials"] = job.search.max_concurrent_trials
+        limits["search.max_concurrent_trials"] = job.search.max_concurrent_trials // processes
     available = _get_memory_gib(site, placement)
     if memory is not None and available:
         limits["memory"] = _count_fitting(memory, available)
     limit = min(limits, key=lambda name: limits[name])
     count = limits[limit]
     if count < 2:
-        return PackingPlan(
-            reason=f"two trials at once do not fit: limited by {limit}", tokens=tokens
-        )
+        return PackingPlan(reason=_explain_single(limit, total, processes), tokens=tokens)
     return PackingPlan(
         trials=count,
+        processes=processes,
         reason=f"limited by {limit}",
         is_measured=is_measured,
         max_rank=max(find_max_rank(job), *(trial.lora.lora_r for trial in trials)),
         tokens=tokens,
         memory_gib=None if memory is None else round(compute_pack_gib(memory, count), 2),
         unpacked=placement,
+        cpus_per_process=cpus,
     )
 
 
+def _explain_single(limit: str, total: int, processes: int) -> str:
+    """Return why no process would train two trials at once."""
+    if limit != "trials":
+        return f"two trials at once do not fit: limited by {limit}"
+    return f"there are {total} trials for {processes} processes"
+
+
+def _count_processes(site: Site, placement: Placement) -> tuple[int, int]:
+    """Return how many processes would train packs, and the CPU cores of each.
+
+    On GPUs it is one process for each GPU. On CPUs it is one for each machine, with the cores of
+    all trials that would otherwise run there.
+    """
+    if placement.gpus_per_worker:
+        return placement.slots, placement.cpus_per_worker
+    nodes = select_labelled_nodes(site.nodes, placement.labels)
+    trials_per_node = sorted((placement.share.count_on(node) for node in nodes), reverse=True)
+    used = next(
+        number
+        for number in range(1, len(nodes) + 1)
+        if sum(trials_per_node[:number]) >= placement.slots
+    )
+    trials = min(trials_per_node[used - 1], math.ceil(placement.slots / used))
+    return used, trials * placement.cpus_per_worker
+
+
 def build_packed_placement(packing: PackingPlan, total: int) -> Placement:
-    """Return the placement of packed trials: one process with all cores that the others had.
+    """Return the placement of the processes that train packs.
 
     Args:
         packing: A plan with several trials at once.
@@ -81,17 +110,30 @@ def build_packed_placement(packing: PackingPlan, total: int) -> Placement:
     assert unpacked is not None
     return unpacked.model_copy(
         update={
-            "slots": 1,
-            "cpus_per_worker": unpacked.slots * unpacked.cpus_per_worker,
+            "slots": packing.processes,
+            "cpus_per_worker": packing.cpus_per_process,
             "pack": packing.trials,
-            "waves": math.ceil(total / packing.trials),
+            "waves": math.ceil(total / (packing.trials * packing.processes)),
             "limited_by": packing.reason.removeprefix("limited by "),
         }
     )
 
 
+def unpack_plan(plan: Plan, reason: str) -> Plan:
+    """Return the plan with each trial in a process of its own.
+
+    Args:
+        reason: Why trials are not packed.
+    """
+    packing = plan.packing
+    if packing is None or packing.unpacked is None:
+        return plan
+    single = PackingPlan(reason=reason, tokens=packing.tokens)
+    return plan.model_copy(update={"packing": single, "placement": packing.unpacked})
+
+
 def _find_refusal(
-    job: JobSpec, trials: list[JobSpec], total: int, site: Site, placement: Placement
+    job: JobSpec, trials: list[JobSpec], total: int, placement: Placement
 ) -> str | None:
     """Return why the trials of a search are not packed, whatever their size, or None."""
     if job.resources.pack in ("off", 1):
@@ -107,21 +149,18 @@ def _find_refusal(
         return "the trials of a cross-validation have different rows"
     if len({build_pack_key(trial) for trial in trials}) > 1:
         return "the trials differ in more than a pack can: method, layers, number formats or folds"
-    if any(refusals) and placement.slots > 1:
+    # On a CPU, such a trial would keep all cores to itself.
+    if any(refusals) and placement.slots > 1 and not placement.gpus_per_worker:
         return f"some trials cannot be packed: {next(filter(None, refusals))}"
-    if not isinstance(site, LocalSite):
-        return "trials are packed in the driver's own process, which a cluster's jobs do not use"
-    if placement.gpus_per_worker and placement.slots > 1:
-        count = format_count(placement.slots, "GPU")
-        return f"the trials are spread over {count}, each of which trains one trial at a time"
     return None
 
 
 def _get_memory_gib(site: Site, placement: Placement) -> float:
-    """Return the memory of the process that packs, in GiB; 0 if it is unknown."""
+    """Return the memory of a process that packs, in GiB; 0 if it is unknown."""
     if placement.gpus_per_worker:
         return site.gpu_memory_gib
-    return max((node.memory_gib for node in site.nodes), default=0.0)
+    nodes = select_labelled_nodes(site.nodes, placement.labels)
+    return min((node.memory_gib for node in nodes if node.cpus), default=0.0)
 
 
 def compute_pack_gib(memory: MemoryEstimate, trials: int) -> float:

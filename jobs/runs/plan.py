@@ -112,10 +112,14 @@ class PlannedTrial(Spec):
 
 
 class PackingPlan(Spec):
-    """Plan of how many trials of a sweep one process trains at once, on one base."""
+    """Plan of how many trials of a sweep a process trains at once, on one base."""
 
     trials: int = Field(1, ge=1)
-    """Maximum number of trials at once; 1: they are not packed."""
+    """Maximum number of trials of a process at once; 1: they are not packed."""
+    processes: int = Field(1, ge=1)
+    """Processes that train packs beside each other: one on this machine's CPU, or one for each
+    GPU, or one for each machine of a cluster of CPUs.
+    """
     reason: str
     """Why so many, or why they are not packed."""
     is_measured: bool = False
@@ -125,7 +129,9 @@ class PackingPlan(Spec):
     tokens: int | None = None
     """Tokens of a micro-batch of one trial, without padding; None if the data is not here."""
     memory_gib: float | None = None
-    """Expected memory of all of them, in GiB; None if the shape of the model is unknown."""
+    """Expected memory of a process with its trials, in GiB; None if the model is unknown."""
+    cpus_per_process: int = Field(1, ge=1)
+    """CPU cores of each process."""
     unpacked: Placement | None = None
     """Placement of the trials if they are not packed in the end."""
 

@@ -49,6 +49,18 @@ def find_packing_refusal(job: JobSpec) -> str | None:
     return None
 
 
+def find_lone_reason(job: JobSpec, max_rank: int) -> str | None:
+    """Return why a trial is trained alone by a process that trains packs, or None.
+
+    Args:
+        job: The job of the trial.
+        max_rank: Largest rank of a pack.
+    """
+    if job.lora.lora_r > max_rank:
+        return f"its rank is above that of the pack, {max_rank}"
+    return find_packing_refusal(job)
+
+
 def build_pack_key(job: JobSpec) -> Hashable:
     """Return what the trials of a pack have in common: base, adapted layers, rows and arithmetic.
 

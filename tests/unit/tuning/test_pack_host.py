@@ -61,7 +61,12 @@ def config(name: str) -> dict[str, Any]:
 def run_pack(
     work: Work, names: str = "abc", size: PackSize = SIZE, warnings: list[str] | None = None
 ) -> dict[str, Outcome]:
-    host = PackHost(TrialHost(work), size, ([] if warnings is None else warnings).append)
+    host = PackHost(
+        TrialHost(work),
+        size,
+        ([] if warnings is None else warnings).append,
+        Path(work.run) / "logs" / "pack-stacks.txt",
+    )
     for name in names:
         assert host.can_enter(config(name), alone=False)
         host.enter(config(name), alone=False)
@@ -314,7 +319,7 @@ def test_a_trial_that_cannot_begin_costs_the_others_nothing(
         return model
 
     monkeypatch.setattr(packed_group, "attach", fail)
-    host = PackHost(TrialHost(work), SIZE, [].append)
+    host = PackHost(TrialHost(work), SIZE, [].append, Path(work.run) / "stacks.txt")
     for name in "ab":
         host.enter(config(name), alone=False)
     assert not host.can_enter(config("c"), alone=False)
@@ -329,7 +334,7 @@ def test_a_trial_that_cannot_begin_costs_the_others_nothing(
 
 
 def test_what_is_not_packed_waits_until_it_is_alone(work: Work, alone: Alone) -> None:
-    host = PackHost(TrialHost(work), SIZE, [].append)
+    host = PackHost(TrialHost(work), SIZE, [].append, Path(work.run) / "stacks.txt")
     host.enter(config("a"), alone=False)
     assert not host.can_enter(config("b"), alone=True)
     other = config("c")

@@ -531,6 +531,8 @@ def _describe_packing(job_plan: Plan) -> list[str]:
             f"{MIN_GAIN - 1:.0%} faster"
         )
     lines = [f"packing         {text}"]
+    if packing.earlier:
+        lines.append(f"{'':<16}{packing.earlier}")
     alone = Counter(trial.alone for trial in job_plan.trials if trial.alone)
     lines += [
         f"{'':<16}{format_count(count, 'trial')} trained alone: {reason}"

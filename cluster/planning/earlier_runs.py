@@ -18,6 +18,7 @@ from lorafleet.cluster.planning.memory import RUNTIME_CUDA_GIB
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.plan import TrainingRate
+from lorafleet.jobs.runs.records import PackRecord
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.runs.trust import find_distrust_reason
 from lorafleet.jobs.schema.job import JobSpec
@@ -82,6 +83,8 @@ class EarlierTrial:
     """Seconds of one process per training row, evaluations included."""
     peak_gib: float | None
     """Largest memory of one of its processes, or allocated on a GPU."""
+    pack: PackRecord | None = None
+    """How many trials at once its run measured to be fastest; None if it measured nothing."""
 
 
 def read_earlier_trials(model: str, site: str) -> tuple[EarlierTrial, ...]:
@@ -130,22 +133,25 @@ def _read_run(run: Run, model: str, site: str) -> list[EarlierTrial]:
         return []
     digests = files.read_json(run.path / "facts.json").get("data_sha256")
     rows_key = build_rows_key(plan["job"], digests)
+    pack = run.read_pack()
+    if pack is not None and (not pack.together or pack.measuring is not None):
+        pack = None
     trials = itertools.islice(run.list_trials(), _MAX_TRIALS)
     return [
         trial
         for each in trials
-        if (trial := _read_trial(each, run.id, plan["placement"], rows_key)) is not None
+        if (trial := _read_trial(each, run.id, plan["placement"], rows_key, pack)) is not None
     ]
 
 
 def _read_trial(
-    trial: Trial, run: str, placement: dict[str, Any], rows_key: str
+    trial: Trial, run: str, placement: dict[str, Any], rows_key: str, pack: PackRecord | None
 ) -> EarlierTrial | None:
     rows = trial.read_metrics()
     if not rows or not rows[-1].samples:
         return None
-    if any(row.pack for row in rows):
-        return None  # its time and memory are those of a pack
+    # Time and memory of a packed trial are those of its pack, and say nothing of it alone.
+    was_packed = any(row.pack for row in rows)
     last, workers = rows[-1], int(placement["workers"])
     seconds = (last.train_seconds or 0.0) + (last.eval_seconds or 0.0)
     return EarlierTrial(
@@ -158,8 +164,11 @@ def _read_trial(
         resolved=trial.read_params().resolved,
         samples=rows[-1].samples,
         had_oom=bool(trial.read_status().retries.get("oom")),
-        seconds_per_row=seconds * workers / rows[-1].samples if seconds else None,
-        peak_gib=max((row.peak_memory_gib or 0.0 for row in rows), default=0.0) or None,
+        seconds_per_row=(
+            seconds * workers / rows[-1].samples if seconds and not was_packed else None
+        ),
+        peak_gib=(None if was_packed else max(row.peak_memory_gib or 0.0 for row in rows) or None),
+        pack=pack,
     )
 
 
@@ -257,6 +266,28 @@ def find_peak(
     ]
     peak = max(peaks, default=None)
     return peak + RUNTIME_CUDA_GIB if peak is not None and cuda else peak
+
+
+def find_pack(
+    earlier: Iterable[EarlierTrial], trials: Sequence[JobSpec], *, cuda: bool, cpus: int
+) -> str | None:
+    """Return what the newest earlier run of the same shape measured about packs, as a sentence.
+
+    Args:
+        trials: The planned trials; one that an earlier trial matches is enough.
+        cpus: CPU cores of the process. Without a GPU, only runs with as many are compared.
+
+    Returns:
+        None if no such run has measured it.
+    """
+    shapes = [_list_values(job) for job in trials]
+    for each in earlier:
+        is_alike = each.uses_gpu == cuda and (cuda or each.cpus_per_worker == cpus)
+        if each.pack is None or not is_alike:
+            continue
+        if any(_matches(each, values, _RATE_FIELDS) for values in shapes):
+            return f"{each.run} measured: {each.pack.sentence}"
+    return None
 
 
 def _list_values(job: JobSpec) -> dict[str, Any]:

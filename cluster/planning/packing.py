@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from lorafleet.cluster.planning.earlier_runs import EarlierTrial, find_pack
 from lorafleet.jobs.runs.plan import MemoryEstimate, PackingPlan, Plan
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.sites.base import Site
@@ -28,6 +30,7 @@ def plan_packing(
     placement: Placement,
     memory: MemoryEstimate | None,
     tokens: int | None,
+    earlier: Sequence[EarlierTrial] = (),
 ) -> PackingPlan:
     """Return how many trials of a search are trained at once in a process.
 
@@ -38,6 +41,7 @@ def plan_packing(
         placement: Placement of the trials if they are not packed.
         memory: Estimate of the largest trial.
         tokens: Tokens of a micro-batch of one trial, without padding; None if unknown.
+        earlier: What trials of this base model measured on this site.
     """
     pack = job.resources.pack
     processes, cpus = _count_processes(site, placement)
@@ -70,6 +74,7 @@ def plan_packing(
         memory_gib=None if memory is None else round(compute_pack_gib(memory, count), 2),
         unpacked=placement,
         cpus_per_process=cpus,
+        earlier=find_pack(earlier, trials, cuda=bool(placement.gpus_per_worker), cpus=cpus),
     )
 
 

@@ -334,7 +334,14 @@ def _build_plan(
     packing = None
     if is_search and packs:
         packing = plan_packing(
-            job, trials, total, site, placement, memory, _count_batch_tokens(job, inputs)
+            job,
+            trials,
+            total,
+            site,
+            placement,
+            memory,
+            _count_batch_tokens(job, inputs),
+            earlier,
         )
     is_packed = packing is not None and packing.trials > 1
     final = build_packed_placement(packing, total) if packing and is_packed else placement

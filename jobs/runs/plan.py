@@ -130,6 +130,8 @@ class PackingPlan(Spec):
     """Tokens of a micro-batch of one trial, without padding; None if the data is not here."""
     memory_gib: float | None = None
     """Expected memory of a process with its trials, in GiB; None if the model is unknown."""
+    earlier: str | None = None
+    """What an earlier run of this shape measured; None if there is none."""
     cpus_per_process: int = Field(1, ge=1)
     """CPU cores of each process."""
     unpacked: Placement | None = None

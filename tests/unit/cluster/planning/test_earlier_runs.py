@@ -190,3 +190,24 @@ def test_foreign_and_damaged_runs_are_not_read(tmp_path: Path, bert_job: JobMake
     empty = train(loaded, tmp_path)
     assert plan_again(loaded).rate is None
     assert empty.path.is_dir()
+
+
+def test_what_a_run_measured_about_packs_is_shown(tmp_path: Path, bert_job: JobMaker) -> None:
+    packed = {"resources__pack": "auto", "train__per_device_train_batch_size": 2}
+    loaded = bert_job(PAIR, **packed)
+    run = train(bert_job(**packed), tmp_path, measured(80, 2.0, 1.0) | {"pack": 2})
+    choice = {"trials": 2, "trials_per_pass": 2, "together": {"1": 300.0, "2": 500.0}}
+    sentence = "up to 2 trials at once: 2 trials in a forward pass train 500 tokens/s"
+    (run.path / "pack.json").write_text(json.dumps(choice | {"sentence": sentence}))
+    plan = plan_again(loaded)
+    assert plan.packing.trials == 2
+    assert plan.packing.earlier == f"{run.id} measured: {sentence}"
+    lines = describe_plan(plan)
+    place = next(number for number, line in enumerate(lines) if line.startswith("packing"))
+    assert lines[place + 1] == f"                {run.id} measured: {sentence}"
+    assert plan.rate is None  # a packed trial's time says nothing of a trial alone
+    assert plan.memory.measured is None
+    other = bert_job(PAIR, **packed | {"train__per_device_train_batch_size": 4})
+    assert plan_again(other).packing.earlier is None
+    (run.path / "pack.json").write_text(json.dumps({"measuring": 2, "together": {"1": 300.0}}))
+    assert plan_again(loaded).packing.earlier is None  # it died while it measured

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorafleet.jobs import files
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.records import FailureRecord, MetricsRow
 from lorafleet.jobs.runs.run import Run
@@ -169,6 +170,41 @@ def test_each_trial_is_as_it_would_be_alone(work: Work, alone: Alone) -> None:
             expected.epoch,
             expected.trainable_parameters,
         )
+
+
+def test_plain_peft_loads_what_a_pack_has_trained(work: Work) -> None:
+    """Adapters of different ranks, cut out of rows of the same length; and their scores."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    outcomes = run_pack(work)
+    job = work.job
+    tokenizer = AutoTokenizer.from_pretrained(job.model.model_name_or_path)
+    rows = files.read_jsonl(Path(str(job.data.validation_file)))
+    names = prepare_tokens(job).labels
+    inputs = tokenizer(
+        [row["text"] for row in rows], padding=True, truncation=True, max_length=32,
+        return_tensors="pt",
+    )  # fmt: skip
+    labels = torch.tensor([names.index(row["label"]) for row in rows])
+    for name, outcome in outcomes.items():
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            job.model.model_name_or_path, num_labels=len(names)
+        )
+        folder = Run(Path(work.run)).get_trial(name).get_weights_folder("lora")
+        model = PeftModel.from_pretrained(plain, str(folder)).eval()
+        assert model.peft_config["default"].r == config(name)["assignment"]["lora.lora_r"]
+        with torch.no_grad():
+            logits = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            ).logits
+        loss = torch.nn.functional.cross_entropy(logits, labels).item()
+        right = (logits.argmax(-1) == labels).float().mean().item()
+        scores = {row.loss: row.to_dict()["accuracy"] for row in outcome.rows if row.evaluated}
+        # The adapter is that of the best evaluation.
+        best = [loss for loss, accuracy in scores.items() if accuracy == max(scores.values())]
+        assert max(scores.values()) == pytest.approx(right)
+        assert loss in [pytest.approx(each, rel=1e-5) for each in best]
 
 
 @pytest.mark.parametrize("begins_packed", [True, False])

@@ -185,6 +185,7 @@ def read_table(run: Run) -> tuple[dict[str, Any], dict[tuple[str, int], Any]]:
     return rows, decisions
 
 
+@pytest.mark.long
 def test_a_search_killed_three_times_has_the_table_of_one_that_was_not(
     bert_job: JobMaker, tmp_path: Path
 ) -> None:

@@ -71,7 +71,9 @@ def assert_same_results(
                 assert math.isclose(row[key], other[key], rel_tol=1e-3), (trial_id, key)
 
 
-@pytest.mark.parametrize("task", ["classification", "generation"])
+@pytest.mark.parametrize(
+    "task", [pytest.param("classification", marks=pytest.mark.long), "generation"]
+)
 def test_a_packed_sweep_decides_as_one_trial_after_another(
     task: str, bert_job: JobMaker, llama_job: JobMaker, place: Path
 ) -> None:

@@ -74,6 +74,7 @@ def check_wandb(run: Run) -> None:
     assert set(names.values()) == {1}
 
 
+@pytest.mark.long
 def test_a_preemption_with_notice(login: Login, bert_job: JobMaker) -> None:
     login.write_site(partition="low")
     run = begun(login, bert_job)

@@ -573,7 +573,7 @@ def _describe_time(job_plan: Plan) -> list[str]:
     ]
     if job_plan.placement.gpus_per_worker:
         expected_hours, worst_hours = (
-            sum(rows) * rate.seconds_per_row / 3600
+            sum(rows) * rate.seconds_per_row / 3600 / job_plan.placement.trials_per_gpu
             for rows in (
                 [load.expected_rows for load in loads],
                 [load.worst_rows for load in loads],

@@ -25,7 +25,6 @@ from lorafleet.cluster.execution.allocation import read_starts
 from lorafleet.cluster.execution.node import request_stop
 from lorafleet.cluster.fetch import fetch_asset, fetch_job
 from lorafleet.cluster.planning.earlier_runs import read_earlier_trials
-from lorafleet.cluster.planning.packing import unpack_plan
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.planning.waste import describe_waste
 from lorafleet.cluster.submission import (
@@ -57,6 +56,7 @@ from lorafleet.slurm.states import describe_pending, get_job_state
 _POLL_SECONDS = 5.0
 """Seconds between two queries to Slurm about one job."""
 _FOLDER = "slurm"
+_ARRAY_REASON = "each task of a job array trains its own trials, each in a process of its own"
 _DRIVER_EXIT_CODES = frozenset(ExitCode)
 """The exit codes of a driver; a batch script that failed before its driver started has other
 codes.
@@ -139,6 +139,7 @@ class SlurmBackend:
             command,
             self.site.allow_environment,
             read_earlier_trials(loaded.job.model.model_name_or_path, self.site.name),
+            _ARRAY_REASON if is_array else None,
         )
         tasks = -(-len(plan.trials) // self.site.array.trials_per_task) if is_array else 0
         max_running = min(tasks, self.site.array.max_running or tasks)
@@ -775,7 +776,6 @@ def check_array(job: JobSpec, site: str) -> None:
 
 def _limit_to_tasks(plan: Plan, site: SlurmSite, max_running: int) -> Plan:
     """Return the plan of a job array: each task has its own trials, on a node of its own."""
-    plan = unpack_plan(plan, "each task of a job array trains its own trials, each in a process")
     trials = min(len(plan.trials), site.array.trials_per_task)
     plan_tasks = math.ceil(len(plan.trials) / trials)
     slots = min(plan.placement.slots, trials)

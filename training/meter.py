@@ -57,16 +57,19 @@ class Meter:
         }
 
 
-def limit_gpu_memory(processes: int) -> None:
+def limit_gpu_memory(processes: int, context_gib: float) -> None:
     """Limit this process to its share of its GPU's memory.
 
     A trial that needs more then runs out of memory itself, and not the one beside it.
 
     Args:
         processes: Number of processes that share the GPU.
+        context_gib: GiB that CUDA itself takes for each process. torch does not count them.
     """
     if processes > 1 and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(1 / processes)
+        total_gib = torch.cuda.mem_get_info()[1] / GIB
+        share = 1 / processes - context_gib / total_gib
+        torch.cuda.set_per_process_memory_fraction(max(0.01, share))
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -99,6 +99,10 @@ class PackHost:
         """Return whether no trial is here."""
         return not self._members
 
+    def has(self, trial_id: str) -> bool:
+        """Return whether a trial is here."""
+        return trial_id in self._members
+
     def can_enter(self, config: dict[str, Any], *, alone: bool) -> bool:
         """Return whether a trial can be trained now, beside those that are here.
 
@@ -143,8 +147,8 @@ class PackHost:
             host.work, config, host.data, None if is_alone else self._get_watchdog()
         )
         base = host.bases.get(member.run.job, len(host.data.labels))
+        member.run.leaving_soon = self._ask_if_node_leaves
         if is_alone:
-            member.run.leaving_soon = host.is_node_leaving
             member.run.open(base)
             return
         if self.group is None:
@@ -174,6 +178,8 @@ class PackHost:
             WorkerUnusable: The process must not train any longer; the error carries the failure.
         """
         reports = self._begin()
+        if reports and self._watchdog is not None:
+            self._watchdog.pause()  # the wait for the next call is not a hang
         if not reports:
             over = [self._get_alone()] if self.group is None else self._train()
             self._evaluate(over)
@@ -271,7 +277,7 @@ class PackHost:
         now = time.monotonic()
         if now - self._asked_node_at > NOTICE_SECONDS:
             self._asked_node_at = now
-            self.is_node_leaving = self.is_node_leaving or self.host.is_node_leaving()
+            self._ask_if_node_leaves()
         if self.is_node_leaving:
             for member in self._members.values():
                 if member.run is not None:
@@ -281,6 +287,10 @@ class PackHost:
                 if member.run is not None:
                     member.run.stopping = True
             self._is_stopping = True
+
+    def _ask_if_node_leaves(self) -> bool:
+        self.is_node_leaving = self.is_node_leaving or self.host.is_node_leaving()
+        return self.is_node_leaving
 
     def _handle_pass(self, phase: str) -> None:
         """Reset the watchdog, and abort an evaluation if the run stops."""

@@ -21,10 +21,12 @@ from lorafleet.jobs.runs.records import FailureRecord, PackRecord
 from lorafleet.jobs.runs.run import Run, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.sites.placement import Placement
+from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials.packing import find_lone_reason
 from lorafleet.jobs.trials.sampling import build_trial_job
 from lorafleet.tuning.failures import (
     classify_crash_output,
+    classify_hang,
     classify_pack_hang,
 )
 from lorafleet.tuning.node_check import extract_error_line
@@ -41,6 +43,8 @@ from lorafleet.tuning.trial_table import TrackedTrial
 
 _POLL_SECONDS = 0.5
 """Seconds between two looks for free places and for a request to stop."""
+_PING_SECONDS = 10.0
+"""Seconds in which a process that does nothing must answer."""
 _SAVE_SECONDS = 300.0
 """Seconds that trials have to save when the run is asked to stop."""
 _MAX_FAILED_STARTS = 3
@@ -96,7 +100,8 @@ class PackWorker:
     def choose(self, packing: PackingPlan, jobs: list[JobSpec]) -> PackRecord:
         """Return how many trials each process trains at once (see `choose_pack`)."""
         work = self.host.work
-        return choose_pack(Run(Path(work.run)), packing, jobs, self.host, work.threads)
+        run = Run(Path(work.run))
+        return choose_pack(run, packing, jobs, self.host, work.threads, self.stacks)
 
     def step(self, size: PackSize, leaving: list[str], entering: list[Entry]) -> Reply:
         """Train until at least one trial has a report.
@@ -115,8 +120,7 @@ class PackWorker:
         if self.pack is None:
             self.pack = PackHost(self.host, size, self._warnings.append, self.stacks)
         pack = self.pack
-        for trial_id in leaving:
-            pack.leave(trial_id)
+        self.leave(leaving)
         self._waiting.extend(entering)
         while self._waiting and pack.can_enter(
             self._waiting[0].config, alone=self._waiting[0].alone
@@ -130,6 +134,13 @@ class PackWorker:
         warnings = list(self._warnings)
         self._warnings.clear()
         return Reply(reports, warnings, pack.is_node_leaving)
+
+    def leave(self, trial_ids: list[str]) -> bool:
+        """End trials here; those that have only waited are not in the pack. Returns True."""
+        for trial_id in trial_ids:
+            if self.pack is not None and self.pack.has(trial_id):
+                self.pack.leave(trial_id)
+        return True
 
 
 @dataclass
@@ -183,7 +194,9 @@ class PackPool:
         self._end_of_run = EndOfRun(exchange.stop_file)
         self._processes: list[_Process] = []
 
-    def choose(self, run: Run, packing: PackingPlan, jobs: list[JobSpec]) -> PackRecord:
+    def choose(
+        self, run: Run, packing: PackingPlan, jobs: list[JobSpec], on_wait: Callable[[], None]
+    ) -> PackRecord | None:
         """Return how many trials each process trains at once; the first process measures it.
 
         The others start meanwhile.
@@ -191,6 +204,10 @@ class PackPool:
         Args:
             packing: What the plan allows.
             jobs: Jobs of the trials that are known; at least one.
+            on_wait: Called several times a second. It must not wait.
+
+        Returns:
+            None if the run is asked to stop before that is known.
 
         Raises:
             RunError: No process could be started.
@@ -198,11 +215,16 @@ class PackPool:
         record = run.read_pack()
         if record is not None and record.measuring is None:
             return record
-        process, *_ = [self._start(number) for number in range(self.placement.slots)]
+        for number in range(self.placement.slots):
+            self._start(number)
         while True:
+            process = self._processes[0]
             answer = process.actor.choose.remote(packing, jobs)
             while not ray.wait([answer], timeout=_POLL_SECONDS)[0]:
                 self.exchange.poll()
+                on_wait()
+                if self.exchange.stop_file.exists():
+                    return None
             try:
                 chosen: PackRecord = ray.get(answer)
             except ray.exceptions.RayError as error:
@@ -235,13 +257,12 @@ class PackPool:
             self._start(index)
         asked_at = None
         while True:
-            self._deal(size, queue, recorder)
+            is_over = self._deal(size, queue, recorder)
             for process in self._processes:
                 if process.answer is None and process.members:
                     self._step(process, size)
-            if not any(process.members for process in self._processes) and (
-                queue.should_stop() or not self._can_wait(queue)
-            ):
+            is_idle = not any(process.members for process in self._processes)
+            if is_idle and (is_over or queue.should_stop()):
                 return
             self._take_answers(queue, recorder)
             self.exchange.poll()
@@ -251,30 +272,43 @@ class PackPool:
                 if time.monotonic() - asked_at > _SAVE_SECONDS:
                     return
 
-    def _can_wait(self, queue: TrialQueue) -> bool:
-        """Return whether a process that is being started may get a trial."""
-        waits = any(not process.is_ready for process in self._processes)
-        return waits and (bool(queue.ledger.trials.unended) or queue.created < queue.total)
-
-    def _deal(self, size: PackSize, queue: TrialQueue, recorder: Recorder) -> None:
+    def _deal(self, size: PackSize, queue: TrialQueue, recorder: Recorder) -> bool:
         """Give free places to the next trials, where the fewest are.
 
         A process that has a trial to train alone gets no other one until that has ended.
+
+        Returns:
+            True if no trial is left.
         """
         while free := [process for process in self._processes if process.has_place(size.trials)]:
+            process = min(free, key=lambda process: len(process.members))
+            if not process.members and not self._is_alive(process):
+                continue
             trial = queue.take()
             if isinstance(trial, NoTrial):
-                return
+                return trial is NoTrial.END
             config = build_config(trial)
             job = build_trial_job(self.work.job, config["assignment"])
             alone = trial.read_status().trains_alone or bool(find_lone_reason(job, size.max_rank))
             # Recorded before anything can fail, as where the driver trains itself.
             recorder.ledger.start_trial(trial)
-            process = min(free, key=lambda process: len(process.members))
             process.members[trial.id] = trial
             process.entering.append(Entry(config, alone))
             if alone:
                 process.lone_id = trial.id
+        return False
+
+    def _is_alive(self, process: _Process) -> bool:
+        """Return whether a process without trials still answers; if not, another one is started.
+
+        The trials that it would have got are not to blame.
+        """
+        try:
+            ray.get(process.actor.is_ready.remote(), timeout=_PING_SECONDS)
+        except ray.exceptions.RayError as error:
+            self._restart(process, error)
+            return False
+        return True
 
     def _step(self, process: _Process, size: PackSize) -> None:
         process.answer = process.actor.step.remote(size, process.leaving, process.entering)
@@ -314,8 +348,14 @@ class PackPool:
                 process.leaving.append(trial_id)
                 queue.complete(process.members.pop(trial_id))
         process.is_leaving = reply.is_leaving
-        if process.is_leaving and not process.members:
+        if process.members:
+            return
+        if process.is_leaving:
             self._replace(process)  # Ray starts no process on a machine that leaves
+        else:
+            # It may wait long for its next trial, and must not keep the last ones until then.
+            process.answer = process.actor.leave.remote(process.leaving)
+            process.leaving = []
 
     def _record_loss(
         self, process: _Process, error: Exception, queue: TrialQueue, recorder: Recorder
@@ -326,7 +366,10 @@ class PackPool:
             self._restart(process, error)
             return
         output = str(error)
-        failure = classify_crash_output(output, classify_pack_hang(process.stacks))
+        hang = classify_pack_hang(process.stacks)
+        if len(members) == 1:  # a trial that is trained alone has stacks of its own
+            hang = classify_hang(next(iter(members.values()))) or hang
+        failure = classify_crash_output(output, hang)
         for trial in members.values():
             files.write_text(trial.path / "traceback.txt", output)
         if failure.failure_class == "worker_lost" and self._end_of_run.has_begun():
@@ -362,6 +405,8 @@ class PackPool:
             num_cpus=self.placement.cpus_per_worker,
             num_gpus=self.placement.gpus_per_worker,
             label_selector=self.placement.labels or None,
+            # Memory was planned for one process on each machine.
+            scheduling_strategy="DEFAULT" if self.placement.gpus_per_worker else "SPREAD",
         )
         return actor.remote(self.work, stacks)
 
@@ -374,15 +419,23 @@ class PackPool:
         process.entering, process.leaving = [], []
 
     def _restart(self, process: _Process, error: Exception) -> None:
-        """Start a process again that ended without a trial.
+        """Start a process again that ended without a trial. After some times it is given up.
 
-        Raises RunError if that has happened too often.
+        Raises RunError if it was the last one.
         """
         process.failed_starts += 1
-        if process.failed_starts >= _MAX_FAILED_STARTS:
-            line = extract_error_line(error)
+        if process.failed_starts < _MAX_FAILED_STARTS:
+            self._replace(process)
+            return
+        ray.kill(process.actor)
+        self._processes.remove(process)
+        line = extract_error_line(error)
+        if not self._processes:
             raise RunError(f"no process could be started to train the trials: {line}") from error
-        self._replace(process)
+        left = format_count(len(self._processes), "process")
+        self.warn(
+            f"a process could not be started {_MAX_FAILED_STARTS} times ({line}); {left} trained on"
+        )
 
     def close(self) -> None:
         """End all processes, for example before others need their GPUs."""

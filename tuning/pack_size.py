@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafleet.cluster.execution.supervisor import RestartNeeded
@@ -23,6 +24,7 @@ from lorafleet.training.meter import free_unused_memory
 from lorafleet.training.model import resolve_device
 from lorafleet.training.packed.group import find_unreplaced_dropout
 from lorafleet.training.packed.speeds import TrialSample, measure_alone, measure_together
+from lorafleet.training.watchdog import Watchdog
 from lorafleet.tuning.failures import is_device_error
 
 if TYPE_CHECKING:
@@ -30,7 +32,12 @@ if TYPE_CHECKING:
 
 
 def choose_pack(
-    run: Run, packing: PackingPlan, jobs: list[JobSpec], host: TrialHost, threads: int
+    run: Run,
+    packing: PackingPlan,
+    jobs: list[JobSpec],
+    host: TrialHost,
+    threads: int,
+    stacks: Path,
 ) -> PackRecord:
     """Return how many trials this process trains at once.
 
@@ -42,12 +49,18 @@ def choose_pack(
         jobs: Jobs of the trials that are known; at least one.
         host: A host without a trial.
         threads: CPU threads that the trials of a pack share.
+        stacks: File for the stacks of this process if it hangs.
     """
     record = run.read_pack()
     if record is not None and record.measuring is None:
         return record
     if record is None:
-        record = _choose(run, packing, jobs, host, threads)
+        watchdog = Watchdog(stacks, 60 * host.work.job.retries.hang_minutes)
+        watchdog.reset(setting_up=True)
+        try:
+            record = _choose(run, packing, jobs, host, threads)
+        finally:
+            watchdog.close()
     else:
         record = _choose_after_crash(record)
     _write(run, record)

@@ -7,9 +7,11 @@ Tune's snapshots are not used.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafleet.cluster.execution.supervisor import Restart
@@ -115,7 +117,8 @@ class Sweep(TrainingDriver):
             from lorafleet.tuning.pack_size import choose_pack
 
             with self._record_pack_choice() as jobs:
-                pack = choose_pack(self.run, packing, jobs, host, self.placement.cpus_per_worker)
+                cores = self.placement.cpus_per_worker
+                pack = choose_pack(self.run, packing, jobs, host, cores, self._pack_stacks)
             if pack.trials == 1 and not self._unpacked_fits_here:
                 return False
         if not self.stop_file.exists():
@@ -144,6 +147,7 @@ class Sweep(TrainingDriver):
         assert self.packing is not None
         assert self.packing.unpacked is not None
         self.placement = self.packing.unpacked
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
 
     def _fit_placement(self, nodes: tuple[Node, ...]) -> None:
         """Reduce the number of processes to what the cluster's nodes hold.
@@ -217,18 +221,24 @@ class Sweep(TrainingDriver):
             work = self._build_work(data, RayLink(exchange.actor))
             pool = PackPool(work, self.placement, exchange, self._add_note)
             with self._record_pack_choice() as jobs:
-                pack = pool.choose(self.run, self.packing, jobs)
-            if pack.trials > 1:
+                machines = MachineWatch(self.run, self.placement)
+                pack = pool.choose(self.run, self.packing, jobs, machines.check)
+            if pack is not None and pack.trials > 1:
                 size = PackSize(pack.trials, pack.trials_per_pass, pack.max_rank)
                 max_open = self.placement.slots * pack.trials
                 with self._open_search(data, max_open) as (queue, recorder):
                     pool.run(size, queue, recorder, lambda: self._tick(recorder.ledger))
             pool.close()
-        if pack.trials > 1:
+        if pack is None or pack.trials > 1:
             return True
         self._unpack()
         self._fit_to_cluster()
         return False
+
+    @property
+    def _pack_stacks(self) -> Path:
+        """File for the stacks of this process if it hangs with several trials."""
+        return self.run.path / "logs" / "pack-stacks.txt"
 
     def _add_note(self, sentence: str) -> None:
         self.run.add_event(NoteEvent(sentence=sentence))
@@ -291,8 +301,8 @@ class Sweep(TrainingDriver):
                 run_trials(host, queue, recorder, tick)
                 return
             size = PackSize(trials, pack.trials_per_pass, pack.max_rank)
-            stacks = self.run.path / "logs" / "pack-stacks.txt"
-            run_packed_trials(PackHost(host, size, self._add_note, stacks), queue, recorder, tick)
+            pack_host = PackHost(host, size, self._add_note, self._pack_stacks)
+            run_packed_trials(pack_host, queue, recorder, tick)
 
     def _search_with_ray(self, attempt: int, data: TokenData) -> None:
         """Run the trials that are left through Ray Tune."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorafleet.cluster.planning.memory import RUNTIME_CUDA_GIB
 from lorafleet.evaluation.tokens import open_tokens
 from lorafleet.jobs.errors import make_disk_full_error
 from lorafleet.jobs.schema.job import JobSpec
@@ -61,7 +62,7 @@ class TrialHost:
         os.chdir(work.run)
         set_up_cpu(work.threads)
         if work.gpus:
-            limit_gpu_memory(work.job.resources.trials_per_gpu)
+            limit_gpu_memory(work.job.resources.trials_per_gpu, RUNTIME_CUDA_GIB)
         self.bases = BaseCache(work.gpus)
         self.data = open_tokens(Path(work.tokens))
         self.setup_seconds = 0.0

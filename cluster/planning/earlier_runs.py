@@ -71,6 +71,8 @@ class EarlierTrial:
     cpus_per_worker: int
     strategy: str
     """Strategy of its processes, resolved."""
+    trials_per_gpu: int
+    """Trials that shared its GPU."""
     rows_key: str
     """Key of its rows (see `build_rows_key`); empty if it is not known."""
     resolved: dict[str, Any]
@@ -105,7 +107,7 @@ def read_earlier_trials(model: str, site: str) -> tuple[EarlierTrial, ...]:
             trials_of_run = _read_run(Run(folder), model, site)
         except (UserError, OSError, ValueError, KeyError, TypeError):
             continue
-        runs += bool(trials_of_run)
+        runs += any(trial.seconds_per_row or trial.peak_gib for trial in trials_of_run)
         trials += trials_of_run
     return tuple(trials)
 
@@ -160,6 +162,7 @@ def _read_trial(
         workers=workers,
         cpus_per_worker=int(placement["cpus_per_worker"]),
         strategy=str(placement["strategy"]),
+        trials_per_gpu=int(placement.get("trials_per_gpu", 1)),
         rows_key=rows_key,
         resolved=trial.read_params().resolved,
         samples=rows[-1].samples,
@@ -192,6 +195,7 @@ def find_rate(
     *,
     cuda: bool,
     cpus_per_worker: int,
+    trials_per_gpu: int,
 ) -> TrainingRate | None:
     """Return the time of a training row: the median of earlier trials of the same shape.
 
@@ -201,6 +205,7 @@ def find_rate(
             these.
         cpus_per_worker: CPU cores of each planned process. Without a GPU, only trials with as
             many cores are compared.
+        trials_per_gpu: Trials that share a GPU: they slow each other down.
 
     Returns:
         The mean of the medians; None if there are no trials, or one has no counterpart.
@@ -209,6 +214,7 @@ def find_rate(
         each
         for each in earlier
         if each.uses_gpu == cuda
+        and each.trials_per_gpu == trials_per_gpu
         and each.seconds_per_row
         and (cuda or each.cpus_per_worker == cpus_per_worker)
     ]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lorafleet.cluster.planning.earlier_runs import EarlierTrial, find_pack
-from lorafleet.jobs.runs.plan import MemoryEstimate, PackingPlan, Plan
+from lorafleet.jobs.runs.plan import MemoryEstimate, PackingPlan
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.sites.base import Site
 from lorafleet.jobs.sites.placement import Placement, select_labelled_nodes
@@ -95,13 +95,13 @@ def _count_processes(site: Site, placement: Placement) -> tuple[int, int]:
         return placement.slots, placement.cpus_per_worker
     nodes = select_labelled_nodes(site.nodes, placement.labels)
     trials_per_node = sorted((placement.share.count_on(node) for node in nodes), reverse=True)
-    used = next(
-        number
-        for number in range(1, len(nodes) + 1)
-        if sum(trials_per_node[:number]) >= placement.slots
-    )
-    trials = min(trials_per_node[used - 1], math.ceil(placement.slots / used))
-    return used, trials * placement.cpus_per_worker
+    used, cores = 1, 0
+    for number, trials in enumerate(trials_per_node, start=1):
+        # All processes have as many cores, so the smallest machine decides.
+        each = min(trials, math.ceil(placement.slots / number))
+        if number * each > used * cores:
+            used, cores = number, each
+    return used, cores * placement.cpus_per_worker
 
 
 def build_packed_placement(packing: PackingPlan, total: int) -> Placement:
@@ -122,19 +122,6 @@ def build_packed_placement(packing: PackingPlan, total: int) -> Placement:
             "limited_by": packing.reason.removeprefix("limited by "),
         }
     )
-
-
-def unpack_plan(plan: Plan, reason: str) -> Plan:
-    """Return the plan with each trial in a process of its own.
-
-    Args:
-        reason: Why trials are not packed.
-    """
-    packing = plan.packing
-    if packing is None or packing.unpacked is None:
-        return plan
-    single = PackingPlan(reason=reason, tokens=packing.tokens)
-    return plan.model_copy(update={"packing": single, "placement": packing.unpacked})
 
 
 def _find_refusal(

@@ -38,6 +38,7 @@ from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.loading.unused_fields import collect_unused_notes
 from lorafleet.jobs.runs.plan import (
     MemoryEstimate,
+    PackingPlan,
     Plan,
     PlannedTrial,
     TrainingLoad,
@@ -110,6 +111,7 @@ def make_plan(
     command: str,
     allowed: Collection[str] = (),
     earlier: Sequence[EarlierTrial] = (),
+    lone_reason: str | None = None,
 ) -> Plan:
     """Return the plan of what a command would do.
 
@@ -118,6 +120,7 @@ def make_plan(
         allowed: The variables that the site lets a job set although they change which code
             runs.
         earlier: What trials of this base model measured on this site.
+        lone_reason: Why each trial has a process of its own here; None if trials may be packed.
 
     Raises:
         UserError: The job could not start.
@@ -131,7 +134,7 @@ def make_plan(
     loaded = dataclasses.replace(loaded, job=loaded.job.model_copy(update={unused_section: None}))
     if command == "compare":
         return _plan_arms(loaded, site, earlier)
-    return _build_plan(loaded, site, command, earlier)
+    return _build_plan(loaded, site, command, earlier, lone_reason=lone_reason)
 
 
 def _plan_delivery(loaded: LoadedJob, site: Site, command: str) -> Plan:
@@ -264,6 +267,7 @@ def _build_plan(
     earlier: Sequence[EarlierTrial] = (),
     *,
     packs: bool = True,
+    lone_reason: str | None = None,
 ) -> Plan:
     is_search = command == "sweep" and loaded.job.search is not None
     job = loaded.job if is_search else loaded.job.model_copy(update={"search": None})
@@ -330,9 +334,12 @@ def _build_plan(
         _get_rows_key(job, inputs),
         cuda=cuda,
         cpus_per_worker=placement.cpus_per_worker,
+        trials_per_gpu=placement.trials_per_gpu,
     )
     packing = None
-    if is_search and packs:
+    if is_search and packs and lone_reason is not None:
+        packing = PackingPlan(reason=lone_reason)
+    elif is_search and packs:
         packing = plan_packing(
             job,
             trials,
@@ -375,7 +382,9 @@ def _build_plan(
                 worst_rows=worst,
             )
         ],
-        waste=describe_waste(job, site, placement, total, memory, is_packed=is_packed),
+        waste=describe_waste(
+            job, site, placement, total, memory, is_packed=is_packed, can_share=packs
+        ),
         gpu_memory_gib=site.gpu_memory_gib / job.resources.trials_per_gpu if cuda else 0.0,
         checkpoint_gb=_estimate_checkpoint_gb(trials, inputs, final.slots * final.pack, cuda=cuda),
         strategy=_describe_strategy(final, reason, is_local=isinstance(site, LocalSite)),
@@ -786,8 +795,11 @@ def choose_strategy(
 
 
 def _describe_strategy(placement: Placement, reason: str, *, is_local: bool) -> str:
-    if placement.pack > 1:
+    if placement.pack > 1 and is_local and placement.fits_one_process:
         return "one process, the run's own, trains several trials at once, without Ray"
+    if placement.pack > 1:
+        processes = format_count(placement.slots, "process")
+        return f"{processes} of Ray, each trains several trials at once on a base of its own"
     if is_local and placement.fits_one_process:
         return "one process, the run's own, trains one trial after another, without Ray"
     if not placement.is_distributed:

@@ -25,6 +25,7 @@ def describe_waste(
     memory: MemoryEstimate | None,
     *,
     is_packed: bool = False,
+    can_share: bool = True,
 ) -> list[str]:
     """Return one message for each kind of resource that stays unused while all slots are busy.
 
@@ -35,6 +36,7 @@ def describe_waste(
         trials: Number of trials.
         memory: Estimate of the largest trial.
         is_packed: True if several trials share a process, and so its GPU's memory.
+        can_share: False in a comparison, whose trials may not share a GPU.
     """
     nodes = _select_nodes(site, placement)
     used_nodes = _count_used_nodes(nodes, placement)
@@ -43,7 +45,11 @@ def describe_waste(
         *_describe_idle_nodes(site, nodes, used_nodes, reason),
         *_describe_idle_gpus(job, nodes, used_nodes, placement, reason),
         *_describe_idle_cores(site, nodes, used_nodes, placement, reason),
-        *([] if is_packed else _describe_idle_gpu_memory(job, site, placement, memory)),
+        *(
+            []
+            if is_packed
+            else _describe_idle_gpu_memory(job, site, placement, memory, can_share=can_share)
+        ),
     ]
 
 
@@ -117,7 +123,12 @@ def _describe_idle_cores(
 
 
 def _describe_idle_gpu_memory(
-    job: JobSpec, site: Site, placement: Placement, memory: MemoryEstimate | None
+    job: JobSpec,
+    site: Site,
+    placement: Placement,
+    memory: MemoryEstimate | None,
+    *,
+    can_share: bool,
 ) -> list[str]:
     total = site.gpu_memory_gib / placement.trials_per_gpu
     if not placement.gpus_per_worker or memory is None or not total or not memory.required:
@@ -128,7 +139,8 @@ def _describe_idle_gpu_memory(
     accumulation = train.compute_accumulation_steps(job.resources.world_size)
     remedies = ["a smaller GPU costs less"]
     fitting = min(_MAX_TRIALS_PER_GPU, math.floor(site.gpu_memory_gib / memory.required))
-    if placement.workers == 1 and placement.waves > 1 and placement.limited_by == "GPUs":
+    is_waiting = placement.waves > 1 and placement.limited_by == "GPUs"
+    if can_share and is_waiting and placement.workers == 1 and fitting > placement.trials_per_gpu:
         share = math.floor(100 / fitting) / 100
         remedies.insert(
             0,

@@ -414,7 +414,9 @@ def describe_plan(job_plan: Plan) -> list[str]:
         format_count(placement.cpus_per_worker, "CPU core"),
         format_gpus(placement.gpus_per_worker, placement.trials_per_gpu),
     )
-    each = f"{format_count(placement.workers, 'process')} with {cores} and {gpus}"
+    each = f"{cores} and {gpus}"
+    if placement.pack == 1:
+        each = f"{format_count(placement.workers, 'process')} with {each}"
     lines = []
     tpe = job_plan.job.search is not None and job_plan.job.search.method == "tpe"
     if job_plan.later_trials and job_plan.command == "sweep" and not tpe:
@@ -438,8 +440,8 @@ def describe_plan(job_plan: Plan) -> list[str]:
         if job_plan.job.is_generative and job_plan.data
         else f"training rows   {rows}",
         f"one step        {_describe_steps(job_plan)}",
-        f"placement       {_describe_slots(placement)}"
-        f"{_describe_tasks(job_plan)}, each {each}; "
+        f"placement       {_describe_slots(placement)}{_describe_tasks(job_plan)}, "
+        f"{'with' if placement.pack > 1 else 'each'} {each}; "
         f"{format_count(placement.waves, 'wave')} if no trial is stopped early; limited by "
         f"{placement.limited_by}",
         *_describe_packing(job_plan),
@@ -505,7 +507,8 @@ _MODES = {
 def _describe_slots(placement: Placement) -> str:
     """Return how many trials run in parallel."""
     if placement.pack > 1:
-        where = "one process" if placement.slots == 1 else f"each of {placement.slots} processes"
+        count = placement.slots
+        where = "one process" if count == 1 else f"each of {format_count(count, 'process')}"
         return f"up to {format_count(placement.pack, 'trial')} at once in {where}"
     return f"{format_count(placement.slots, 'trial')} in parallel"
 

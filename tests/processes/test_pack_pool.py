@@ -71,7 +71,7 @@ def test_packs_on_three_machines_decide_as_one_trial_after_another(
     planned = lorafleet("plan", path, *loaded.overrides, cwd=place, **machines.environment)
     assert planned.returncode == ExitCode.OK, planned.stderr
     text = " ".join(planned.stdout.split())
-    assert "up to 3 trials at once in each of 3 processes, each 1 process with 1 CPU core" in text
+    assert "up to 3 trials at once in each of 3 processes, with 1 CPU core and 0 GPUs;" in text
     assert "packing in each of 3 processes, 3 trials share a base, limited by trials" in text
     done = lorafleet("sweep", path, *loaded.overrides, cwd=place, **machines.environment)
     run = newest(place)

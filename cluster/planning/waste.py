@@ -79,9 +79,13 @@ def _describe_idle_nodes(site: Site, nodes: list[Node], used_nodes: int, reason:
     # Only a job of a queue chooses how many machines it gets.
     advice = f": request {used_nodes} with --nodes {used_nodes}"
     return [
-        f"{idle} of {format_count(len(nodes), 'machine')} stay idle, because {reason}"
+        f"{idle} of {format_count(len(nodes), 'machine')} {_stay(idle)} idle, because {reason}"
         + (advice if isinstance(site, Allocation) else "")
     ]
+
+
+def _stay(number: int) -> str:
+    return "stays" if number == 1 else "stay"
 
 
 _GPU_REMEDIES = {
@@ -104,7 +108,8 @@ def _describe_idle_gpus(
         unused = "resources.device is cpu" if job.resources.device == "cpu" else "no trial uses one"
         return [f"none of the {format_count(available, 'GPU')} is used, because {unused}"]
     remedy = _GPU_REMEDIES.get(placement.limited_by, "request fewer GPUs")
-    return [f"{available - used} of {available} GPUs stay idle, because {reason}: {remedy}"]
+    idle = available - used
+    return [f"{idle} of {available} GPUs {_stay(idle)} idle, because {reason}: {remedy}"]
 
 
 def _describe_idle_cores(
@@ -116,8 +121,9 @@ def _describe_idle_cores(
     used = placement.slots * placement.workers * placement.cpus_per_worker
     if used >= _SMALL_SHARE * available:
         return []
+    idle = available - used
     return [
-        f"{available - used} of {available} CPU cores stay idle, because {reason}: raise "
+        f"{idle} of {available} CPU cores {_stay(idle)} idle, because {reason}: raise "
         "resources.cpus_per_worker, or request fewer cores"
     ]
 

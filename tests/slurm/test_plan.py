@@ -42,7 +42,7 @@ def test_idle_nodes_and_cores_are_named(login: Login, bert_job: JobMaker) -> Non
     path.write_text(bert_job(SEARCH.replace("num_samples: 8", "num_samples: 1")).text)
     output = " ".join(login.lorafleet("plan", path, "--on", "rig").stdout.split())
     assert (
-        "unused 1 of 2 machines stay idle, because there is only one trial: request 1 with "
+        "unused 1 of 2 machines stays idle, because there is only one trial: request 1 with "
         "--nodes 1" in output
     )
 

@@ -239,3 +239,17 @@ def test_a_head_of_its_own(login: Login, bert_job: JobMaker) -> None:
     assert hosts(run) == {"node2"}
     assert run.read_status().host == "node1"
     assert login.left_behind() == []
+
+
+@pytest.mark.long
+def test_packs_on_two_nodes(login: Login, bert_job: JobMaker) -> None:
+    """A process on each node trains several trials at once, on the cores of the node."""
+    run = login.submit(bert_job(SEARCH, resources__pack=4))
+    assert login.ended(run).state == "COMPLETED"
+    rows = [row for trial in run.list_trials() for row in trial.read_metrics()]
+    assert {row.pack for row in rows} == {4}
+    assert hosts(run) == {"node1", "node2"}
+    assert len({row.host for row in rows}) == 2
+    report = json.loads((run.path / "report" / "report.json").read_text())
+    assert report["recommendation"]["trial_id"]
+    assert len(report["trials"]) == 8

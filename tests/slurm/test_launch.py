@@ -244,7 +244,8 @@ def test_a_head_of_its_own(login: Login, bert_job: JobMaker) -> None:
 @pytest.mark.long
 def test_packs_on_two_nodes(login: Login, bert_job: JobMaker) -> None:
     """A process on each node trains several trials at once, on the cores of the node."""
-    run = login.submit(bert_job(SEARCH, resources__pack=4))
+    search = SEARCH.replace("16384", "2048").replace("grace_period: 2048", "grace_period: 1024")
+    run = login.submit(bert_job(search, resources__pack=4))
     assert login.ended(run).state == "COMPLETED"
     rows = [row for trial in run.list_trials() for row in trial.read_metrics()]
     assert {row.pack for row in rows} == {4}

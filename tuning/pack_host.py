@@ -89,7 +89,7 @@ class PackHost:
         self._is_stopping = False
         self._asked_node_at = time.monotonic()
         self.is_node_leaving = False
-        """Whether this machine will be preempted: all trials save and end, and none may enter."""
+        """True if this machine will be preempted: all trials save and end, and none may enter."""
         # After a failed entry, the base may have the remains of an adapter in it. The trials that
         # are here replace all of its adapted layers; no other one may follow on it.
         self._must_drop_base = False

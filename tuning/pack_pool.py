@@ -58,7 +58,7 @@ class Entry:
     config: dict[str, Any]
     """Its `trial_id`, `assignment` and `threads`."""
     alone: bool
-    """Whether it must not be packed."""
+    """True if it must not be packed."""
 
     @property
     def trial_id(self) -> str:
@@ -69,14 +69,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a process reports after a step."""
+    """Reports of a process after a step."""
 
     reports: list[tuple[str, TrialReport]]
     """Trial id and report, for each trial that has one."""
     warnings: list[str]
     """Sentences for the report of the run."""
     is_leaving: bool
-    """Whether its machine will be preempted, so that it must not get another trial."""
+    """True if its machine will be preempted: it must not get another trial."""
 
 
 class PackWorker:

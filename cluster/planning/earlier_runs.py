@@ -86,7 +86,7 @@ class EarlierTrial:
     peak_gib: float | None
     """Largest memory of one of its processes, or allocated on a GPU."""
     pack: PackRecord | None = None
-    """How many trials at once its run measured to be fastest; None if it measured nothing."""
+    """Pack size that its run chose, with the measured speeds; None if it measured nothing."""
 
 
 def read_earlier_trials(model: str, site: str) -> tuple[EarlierTrial, ...]:

@@ -131,7 +131,7 @@ class PackingPlan(Spec):
     memory_gib: float | None = None
     """Expected memory of a process with its trials, in GiB; None if the model is unknown."""
     earlier: str | None = None
-    """What an earlier run of this shape measured; None if there is none."""
+    """Measurement of an earlier run of this shape, as a sentence; None if there is none."""
     cpus_per_process: int = Field(1, ge=1)
     """CPU cores of each process."""
     unpacked: Placement | None = None

@@ -1,4 +1,4 @@
-"""Packs on several machines: a Ray of several raylets, each with a CPU core of its own, on this one.
+"""Packs on several machines: raylets on this one, each with a CPU core of its own.
 
 Where each machine has GPUs, the same processes train, one on each GPU.
 """

@@ -1,4 +1,4 @@
-"""What a lost process says about the end of its run."""
+"""Lost processes at the end of a run, and in the middle of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many trials a plan trains together, and in how many processes."""
+"""Number of trials that a plan trains together, and of the processes that do."""
 
 from __future__ import annotations
 

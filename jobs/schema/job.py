@@ -549,8 +549,8 @@ class ResourcesSpec(Spec):
     def _check_whole_gpus(cls, value: object) -> object:
         if isinstance(value, float) and not value.is_integer():
             sentence = (
-                f"resources.gpus_per_node is {value:g}, but must be a whole number: trials on a "
-                "shared GPU are set with resources.gpus_per_trial"
+                f"resources.gpus_per_node is {value:g}, but must be a whole number. To share a "
+                "GPU between trials, set resources.gpus_per_trial"
             )
             raise SpecProblems([Problem("resources.gpus_per_node", sentence)])
         return value
